@@ -1,0 +1,33 @@
+"""Fine-tune Gemma on audio, images and text with LoRA, in MLX.
+
+The notebook interface, imported lazily: worker processes that import `gemma_mlx.data` never load MLX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load": "gemma_mlx.models.load",
+    "finetune": "gemma_mlx.loop",
+    "evaluate": "gemma_mlx.evaluation",
+    "generate": "gemma_mlx.generation",
+    "TrainConfig": "gemma_mlx.config",
+    "InputError": "gemma_mlx.errors",
+}
+__all__ = ["InputError", "TrainConfig", "evaluate", "finetune", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gemma_mlx import blas  # noqa: F401  (before mlx.core)
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,48 @@
+"""The one contract between data and model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+IGNORE_INDEX = -100
+"""Label of a position without loss (transformers' and torch's convention)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows, with the media of all rows in reading order (row by row, left to right).
+
+    Array names are those of transformers' ``Gemma4ForConditionalGeneration.forward``. B rows of T tokens,
+    N pictures of at most P patches, M clips of at most F frames.
+    """
+
+    input_ids: np.ndarray
+    """int32 [B, T]; the pad id beyond a row's end."""
+    attention_mask: np.ndarray
+    """int32 [B, T]; 1 on tokens, 0 on padding."""
+    mm_token_type_ids: np.ndarray
+    """int32 [B, T]; 0 text, 1 image, 2 video, 3 audio."""
+    labels: np.ndarray
+    """int32 [B, T], not shifted; ``IGNORE_INDEX`` where there is no loss."""
+    pixel_values: np.ndarray | None = None
+    """float32 [N, P, 3·patch²] in [0, 1], zero in padding patches."""
+    image_position_ids: np.ndarray | None = None
+    """int32 [N, P, 2], (x, y) of each patch, −1 in padding patches."""
+    input_features: np.ndarray | None = None
+    """float32 [M, F, 128] log-mel, zero in padding frames."""
+    input_features_mask: np.ndarray | None = None
+    """bool [M, F]; true on valid frames."""
+    row_ids: tuple[str, ...] = ()
+    """Where each row came from, for reports."""
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The arrays that ``model(**inputs)`` takes: every field that is set except labels and row ids."""
+        names = (f.name for f in fields(self) if f.name not in ("labels", "row_ids"))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def label_count(self) -> int:
+        """Positions whose next token counts in the loss."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())

@@ -1,0 +1,8 @@
+"""What the user did that cannot work, said in one line."""
+
+
+class InputError(ValueError):
+    """Bad input: the message says what was expected, what was found, where (file:line, tensor, flag), and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

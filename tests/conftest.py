@@ -1,0 +1,19 @@
+"""OpenBLAS before MLX and one random seed for everything; no test reaches a hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import gemma_mlx.blas  # noqa: F401  (before mlx.core, which other imports pull in)
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    import mlx.core as mx
+
+    np.random.seed(0)
+    mx.random.seed(0)
