@@ -24,7 +24,7 @@ __all__ = ["InputError", "TrainConfig", "evaluate", "finetune", "generate", "loa
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gemma_mlx import blas  # noqa: F401  (before mlx.core)
+    from gemma_mlx import blas  # OpenBLAS before mlx.core
 
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 

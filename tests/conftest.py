@@ -5,10 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import gemma_mlx.blas  # noqa: F401  (before mlx.core, which other imports pull in)
-
 import numpy as np
 import pytest
+
+import gemma_mlx.blas  # noqa: F401  (before mlx.core, which other imports pull in)
 
 
 @pytest.fixture(autouse=True)
