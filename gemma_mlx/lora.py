@@ -1,0 +1,346 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): which layers get them, and their files.
+
+A frozen linear W gets two small matrices: y = W·x + (alpha / rank) · (dropout(x) · A) · B. Names and orientation are
+mlx-lm's: ``lora_a`` [in, rank] and ``lora_b`` [rank, out], the transposes of PEFT's ``lora_A.weight`` and
+``lora_B.weight``. The layer that is replaced is the linear itself: where a tower wraps a linear in clip bounds
+(Gemma 4's ``Gemma4ClippableLinear``), that is the inner ``.linear``, so the adapter lies inside the clips, as PEFT
+puts it.
+
+The adapter's weights are float32 whatever the base is (AdamW's small steps vanish in bfloat16's 8 bits); they are
+cast to the input's dtype where they are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gemma_mlx.errors import InputError
+
+ADAPTER_WEIGHTS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FORMAT = 1
+"""Version of our part of ``adapter_config.json``, under the key ``gemma_mlx``."""
+
+DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "decoder": ("language_model",),
+    "vision": ("vision_tower",),
+    "audio": ("audio_tower",),
+    "embedders": ("embed_vision", "embed_audio"),
+}
+"""Group -> the module names that hold it. ``decoder`` means its attention and MLP linears (``DECODER_LINEARS``); the
+per-layer-embedding linears can be named one by one. ``all`` is the four groups together."""
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with a trainable low-rank side path; x [..., in] -> [..., out] in x's dtype.
+
+    ``linear`` stays the same object, so its weights stay bit-equal. ``scale`` is alpha / rank.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, key: mx.array | None = None):
+        super().__init__()
+        out, inner = linear.weight.shape
+        bound = 1.0 / math.sqrt(inner)  # kaiming_uniform(a=√5), PEFT's choice, is U(−1/√in, 1/√in)
+        self.linear = linear
+        self.scale = alpha / rank
+        self.dropout = dropout
+        self.lora_a = mx.random.uniform(-bound, bound, (inner, rank), dtype=mx.float32, key=key)
+        self.lora_b = mx.zeros((rank, out), dtype=mx.float32)
+        self._dropout_key: mx.array | None = None  # set for one training forward; None means no dropout
+
+    @property
+    def weight(self) -> mx.array:
+        """The base's weight [out, in]."""
+        return self.linear.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        low = _dropout(x, self.dropout, self._dropout_key) @ self.lora_a.astype(x.dtype)
+        return self.linear(x) + (self.scale * low) @ self.lora_b.astype(x.dtype)
+
+
+def _dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    if key is None or rate == 0.0:
+        return x
+    keep = mx.random.bernoulli(1.0 - rate, x.shape, key=key)
+    return mx.where(keep, x * (1.0 / (1.0 - rate)), mx.zeros((), x.dtype))
+
+
+@contextmanager
+def dropout_keys(layers: list[LoRALinear], key: mx.array | None) -> Iterator[None]:
+    """Give every layer its own dropout key, derived from ``key`` alone, for the forward inside the block.
+
+    Keys are values, not hidden state: a compiled step takes ``key`` as an argument, and a resumed run draws the same
+    masks because the key follows from the seed and the step.
+    """
+    keys = None if key is None else mx.random.split(key, max(len(layers), 1))
+    for i, layer in enumerate(layers):
+        layer._dropout_key = None if keys is None else keys[i]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._dropout_key = None
+
+
+def _natural(path: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in path.split(".")]
+
+
+def _ends_with(path: list[str], suffix: list[str]) -> bool:
+    return len(suffix) <= len(path) and path[len(path) - len(suffix) :] == suffix
+
+
+def _group_of(path: list[str]) -> str | None:
+    return next((name for name, roots in GROUPS.items() if any(root in path for root in roots)), None)
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Dotted path of every linear layer (with or without an adapter), in natural order."""
+    found = {p for p, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
+    inside = {p for p in found if p.endswith(".linear") and p[: -len(".linear")] in found}  # a LoRALinear's own base
+    return sorted(found - inside, key=_natural)
+
+
+def _without_clip(path: str) -> list[str]:
+    """Path as the user names it: a clipped linear's inner ``.linear`` is left out."""
+    parts = path.split(".")
+    return parts[:-1] if parts[-1] == "linear" and len(parts) > 1 else parts
+
+
+def _matches(path: str, target: str) -> bool:
+    """True if the group or module name ``target`` chooses ``path``.
+
+    A target is a group (``audio``), the end of a path (``q_proj``, ``self_attn.q_proj``, a whole path), or a group
+    and such an end (``audio.q_proj``).
+    """
+    parts, wanted = _without_clip(path), target.split(".")
+    group = _group_of(parts)
+    if wanted[0] == "all" or wanted[0] in GROUPS:
+        if group is None or wanted[0] not in ("all", group):
+            return False
+        if len(wanted) == 1:
+            return group != "decoder" or parts[-1] in DECODER_LINEARS
+        wanted = wanted[1:]
+    return _ends_with(parts, wanted) or _ends_with(path.split("."), wanted)
+
+
+def _unknown(target: str, paths: list[str]) -> InputError:
+    names = sorted({_without_clip(p)[-1] for p in paths})
+    present = {_group_of(_without_clip(p)) for p in paths}
+    known = [*(g for g in GROUPS if g in present), "all", *names]
+    close = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+    return InputError(f"targets: {target!r} names no linear layer of this model; {hint}")
+
+
+def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Paths of the linears that ``targets`` (names or groups, a list or comma separated) choose, in natural order.
+
+    Raises InputError for a target that chooses nothing, with the closest names.
+    """
+    wanted = targets.split(",") if isinstance(targets, str) else list(targets)
+    wanted = [t.strip() for t in wanted if t.strip()]
+    if not wanted:
+        raise InputError(f"targets: no layers named; known groups: {', '.join([*GROUPS, 'all'])}")
+    paths = linear_paths(model)
+    chosen: set[str] = set()
+    for target in wanted:
+        matched = [p for p in paths if _matches(p, target)]
+        if not matched:
+            raise _unknown(target, paths)
+        chosen.update(matched)
+    return sorted(chosen, key=_natural)
+
+
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
+    node: Any = model
+    *way, last = path.split(".")
+    for part in way:
+        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
+    return node, last
+
+
+def apply_lora(
+    model: nn.Module, targets: str | Iterable[str] = "decoder", rank: int = 16, alpha: float | None = None,
+    dropout: float = 0.0, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """Freeze ``model`` and put adapters on the chosen linears, in place; returns their paths in natural order.
+
+    ``alpha`` defaults to ``rank`` (scale 1). A is drawn from ``seed`` alone, B is zero, so the model computes what it
+    did before. Raises InputError for unknown targets and for a layer that already has an adapter.
+    """
+    paths = resolve_targets(model, targets)
+    taken = lora_layers(model)
+    if clash := next((p for p in paths if p in taken), None):
+        raise InputError(f"{clash}: this layer already has an adapter; load the base model again")
+    keys = mx.random.split(mx.random.key(seed), len(paths))
+    model.freeze()
+    for path, key in zip(paths, keys, strict=True):
+        parent, name = _parent(model, path)
+        linear = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
+        layer = LoRALinear(linear, rank, rank if alpha is None else alpha, dropout, key)
+        if isinstance(parent, list):
+            parent[int(name)] = layer
+        else:
+            setattr(parent, name, layer)
+    freeze_base(model)
+    return paths
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Make the adapters' weights the only trainable parameters."""
+    model.freeze()
+    for layer in lora_layers(model).values():
+        layer.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Path -> adapter layer, in natural order."""
+    found = {p: m for p, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {p: found[p] for p in sorted(found, key=_natural)}
+
+
+def lora_weights(model: nn.Module) -> dict[str, tuple[mx.array, mx.array]]:
+    """Path -> (A [in, rank], B [rank, out]), float32. PEFT's ``lora_A.weight`` is A transposed, ``lora_B.weight`` B
+    transposed; ``path`` is the name of the wrapped linear as in transformers."""
+    return {path: (layer.lora_a, layer.lora_b) for path, layer in lora_layers(model).items()}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Tensor name -> weight, as the adapter file names them: ``<path>.lora_a`` and ``<path>.lora_b``."""
+    return {f"{p}.{n}": w for p, ab in lora_weights(model).items() for n, w in zip(("lora_a", "lora_b"), ab)}  # noqa: B905
+
+
+def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: str = "adapter") -> None:
+    """Write adapter tensors into the model's adapter layers, cast to float32.
+
+    Raises InputError for a missing, an extra or a misshapen tensor; then nothing has been written.
+    """
+    current = lora_parameters(model)
+    if missing := sorted(current.keys() - weights.keys(), key=_natural):
+        raise InputError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    if extra := sorted(weights.keys() - current.keys(), key=_natural):
+        raise InputError(f"{where}: tensor {extra[0]} belongs to no adapter layer of this model ({len(extra)} in all)")
+    for name, value in weights.items():
+        if value.shape != current[name].shape:
+            raise InputError(f"{where}: tensor {name} has shape {value.shape}, the model needs {current[name].shape}")
+    for path, layer in lora_layers(model).items():
+        layer.lora_a = weights[f"{path}.lora_a"].astype(mx.float32)
+        layer.lora_b = weights[f"{path}.lora_b"].astype(mx.float32)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old bytes or the new ones, never a part."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        mx.save_safetensors(str(path), weights, metadata={"format": "mlx", **(metadata or {})})
+        return path.read_bytes()
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base_model: str | None = None, targets: str | None = None
+) -> Path:
+    """Write the adapter in mlx-lm's layout (``adapters.safetensors``, ``adapter_config.json``); returns the folder.
+
+    Each file is replaced whole. Beside mlx-lm's fields the config holds, under ``gemma_mlx``, the format version, the
+    base model's name, the targets as given, and alpha.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise InputError("this model has no adapter to save")
+    first = next(iter(layers.values()))
+    rank = first.lora_a.shape[1]
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "model": base_model,
+        "lora_parameters": {"rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers)},
+        "gemma_mlx": {
+            "format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "alpha": first.scale * rank,
+        },
+    }  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(lora_parameters(model)))
+    _write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The adapter's config; raises InputError if the folder holds no LoRA adapter that this version can read."""
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file() or not (path.parent / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{folder}: no adapter here ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are needed)")
+    try:
+        config = json.loads(path.read_text())
+        parameters = config["lora_parameters"]
+        rank, scale, keys = int(parameters["rank"]), float(parameters["scale"]), list(parameters["keys"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
+    version = (config.get("gemma_mlx") or {}).get("format", ADAPTER_FORMAT)
+    if config.get("fine_tune_type") != "lora" or version != ADAPTER_FORMAT or rank < 1 or not keys:
+        raise InputError(
+            f"{path}: expected a lora adapter of format {ADAPTER_FORMAT}, found {config.get('fine_tune_type')!r} of "
+            f"format {version}, rank {rank}, {len(keys)} layers"
+        )
+    return {"rank": rank, "scale": scale, "dropout": float(parameters.get("dropout", 0.0)), "keys": keys, "raw": config}
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+    """Put the adapter of ``folder`` on a base model, in place; returns the adapted paths.
+
+    Raises InputError, before anything changes, if a layer that it names does not exist or has other shapes, or if
+    tensors are missing or left over.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    try:
+        weights = mx.load(str(folder / ADAPTER_WEIGHTS))
+    except RuntimeError as error:
+        raise InputError(f"{folder / ADAPTER_WEIGHTS}: not a safetensors file ({error})") from None
+    paths = set(linear_paths(model))
+    where = str(folder / ADAPTER_WEIGHTS)
+    for key in config["keys"]:
+        if key not in paths:
+            raise InputError(f"{folder / ADAPTER_CONFIG}: the model has no linear layer {key}")
+        parent, name = _parent(model, key)
+        out, inner = (parent[int(name)] if isinstance(parent, list) else getattr(parent, name)).weight.shape
+        for leaf, shape in (("lora_a", (inner, config["rank"])), ("lora_b", (config["rank"], out))):
+            tensor = weights.get(f"{key}.{leaf}")
+            if tensor is None:
+                raise InputError(f"{where}: tensor {key}.{leaf} is missing")
+            if tensor.shape != shape:
+                raise InputError(f"{where}: tensor {key}.{leaf} has shape {tensor.shape}, the model needs {shape}")
+    known = {f"{k}.{leaf}" for k in config["keys"] for leaf in ("lora_a", "lora_b")}
+    if extra := sorted(weights.keys() - known):
+        raise InputError(f"{where}: tensor {extra[0]} belongs to no layer that {ADAPTER_CONFIG} names")
+    apply_lora(model, config["keys"], config["rank"], config["scale"] * config["rank"], config["dropout"])
+    set_lora_parameters(model, weights, where)
+    return config["keys"]
