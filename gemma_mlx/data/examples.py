@@ -1,0 +1,282 @@
+"""Row -> Example: which cell is the prompt, which the answer, and where the media are.
+
+====================================  ===================================================================
+columns with something in them        the example
+====================================  ===================================================================
+``audio_path, text``                  user: transcription prompt, audio · model: text
+``image_path, caption``               user: image, caption prompt · model: caption
+``image_path, question, answer``      user: image, question · model: answer
+``prompt, response``                  user: prompt · model: response
+``image_path, audio_path, …``         user: image, prompt, audio · model: answer, response, caption or text
+``audio_path, answer``                user: audio (the question is spoken) · model: answer
+``text``                              completion: ``<bos>`` text ``<eos>``, with a loss on every token
+====================================  ===================================================================
+
+- An empty cell means that this row has no such thing, so one file may mix row types.
+- The answer is the first of ``answer``, ``response``, ``caption``, ``text`` that is not empty.
+- The prompt is the first of ``question``, ``prompt`` that is not empty; else, where the answer comes from ``text`` or
+  ``caption`` and there is a medium, a default prompt: to transcribe if there is audio, to describe if there is only an
+  image. ``language`` ("French") goes into the transcription prompt.
+- Images stand before the text and audio after it, as Google recommends.
+- ``system`` is a system turn; ``id`` names the row in reports (otherwise file:line does).
+- Other columns are ignored. A column mapping ``{"text": "sentence"}`` reads ``text`` from the file's column
+  ``sentence``; ``{"text": ""}`` leaves a column of the file unread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma_mlx.data.sources.local import Row
+from gemma_mlx.errors import InputError
+
+ANSWERS = ("answer", "response", "caption", "text")
+PROMPTS = ("question", "prompt")
+MEDIA = ("image_path", "audio_path")
+STANDARD = (*MEDIA, *PROMPTS, *ANSWERS, "system", "language", "id")
+# A medium's column under another name would otherwise be ignored, and the model trained on text alone.
+_MISNAMED = {
+    **dict.fromkeys(("audio", "audio_file", "audio_filename", "audiopath", "wav", "wav_path"), "audio_path"),
+    **dict.fromkeys(("image", "image_file", "image_filename", "imagepath", "img", "img_path"), "image_path"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text in a turn."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a turn, by its file."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """A clip in a turn, by its file."""
+
+    path: Path
+
+
+Part = Text | Image | Audio
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one role ("system", "user" or "model") says: parts in reading order."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation to learn from, or, where `completion` is true, one text to go on with.
+
+    Attributes:
+        turns: in order; a completion has one "model" turn with one `Text`.
+        where: "train.csv:8", for messages.
+        row_id: the row's name in reports.
+        completion: the text stands alone, outside any chat template.
+    """
+
+    turns: tuple[Turn, ...]
+    where: str = ""
+    row_id: str = ""
+    completion: bool = False
+
+    def media(self) -> list[Image | Audio]:
+        """Pictures and clips in reading order."""
+        return [part for turn in self.turns for part in turn.parts if not isinstance(part, Text)]
+
+    @property
+    def reference(self) -> str:
+        """The text of the last model turn: what a prediction is compared with ("" if there is none)."""
+        turn = self.turns[-1] if self.turns and self.turns[-1].role == "model" else None
+        return "".join(part.text for part in turn.parts if isinstance(part, Text)) if turn else ""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the user says in rows without a prompt of their own."""
+
+    transcribe: str = (
+        "Transcribe the following speech segment in its original language. "
+        "Write only the transcription, without line breaks."
+    )
+    transcribe_in: str = (
+        "Transcribe the following speech segment in {language} into {language} text. "
+        "Write only the transcription, without line breaks."
+    )
+    """With ``{language}`` from the row."""
+    describe: str = "Describe this image."
+
+
+class Folders:
+    """Finds a row's media and keeps them inside the data folder and the media roots.
+
+    Args:
+        data: the CSV's folder; relative paths are looked up here first.
+        media_roots: further folders, tried in order. An absolute path is accepted inside any of them.
+    """
+
+    def __init__(self, data: str | Path, media_roots: Iterable[str | Path] = ()):
+        self.roots = [Path(data), *map(Path, media_roots)]
+        for root in self.roots[1:]:
+            if not root.is_dir():
+                raise InputError(f"--media-root {root}: no such folder; give an existing one")
+        self._inside = [(os.path.abspath(root), os.path.realpath(root)) for root in self.roots]
+        self._real_folders: dict[str, str] = {}
+
+    def _real(self, path: str) -> str:
+        """`path` without symbolic links; a folder is resolved once, since rows share folders."""
+        folder, name = os.path.split(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._real_folders[folder], name)
+        return os.path.realpath(real) if os.path.islink(real) else real
+
+    def find(self, cell: str, column: str, where: str) -> Path:
+        """The file that a media cell names.
+
+        Raises:
+            InputError: no such file, not a file, or one outside the folders (``..``, an absolute path, a link).
+        """
+        told = f"{where}: {column} {cell!r}"
+        if "://" in cell:
+            raise InputError(f"{told} is a URL; only files can be read: download it and give its path")
+        if "\0" in cell:
+            raise InputError(f"{told} contains a NUL character; give the path of a file")
+        # Lexically first, so that a path outside is never even looked at.
+        tries = (
+            [os.path.abspath(cell)]
+            if os.path.isabs(cell)
+            else [os.path.normpath(os.path.join(lexical, cell)) for lexical, _ in self._inside]
+        )
+        inside = [path for path in tries if any(_within(path, lexical) for lexical, _ in self._inside)]
+        found = next((path for path in inside if os.path.exists(path)), None)
+        folders = ", ".join(str(root) for root in self.roots)
+        if not inside or (found and not any(_within(self._real(found), real) for _, real in self._inside)):
+            link = " (through a symbolic link)" if found else ""
+            raise InputError(
+                f"{told} lies outside the data folder and media roots{link} ({folders}); move the file there, or name "
+                "its folder with --media-root"
+            )
+        if found is None:
+            hint = "; write / between folders" if "\\" in cell else ""
+            raise InputError(f"{told}: no such file in {folders}{hint}; correct the path or add --media-root FOLDER")
+        if not os.path.isfile(found):
+            raise InputError(f"{told} is a folder; give the path of a file")
+        return Path(found)
+
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+@dataclass
+class RowReader:
+    """Turns rows of one table into examples by the rules at the top of this file.
+
+    Args:
+        columns: the table's columns.
+        folders: where media are.
+        table: the file's name, for messages.
+        mapping: standard name -> column of the file.
+        prompts: default prompts.
+        need_answer: false to accept rows without an answer (for prediction).
+
+    Raises:
+        InputError: the mapping names unknown columns, or no column can give an answer.
+    """
+
+    columns: tuple[str, ...]
+    folders: Folders
+    table: str
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    prompts: Prompts = field(default_factory=Prompts)
+    need_answer: bool = True
+
+    def __post_init__(self) -> None:
+        found = f"found {', '.join(self.columns)}"
+        for name, column in self.mapping.items():
+            if name not in STANDARD:
+                raise InputError(f"--columns {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
+            if column and column not in self.columns:
+                raise InputError(f"{self.table}:1: missing column {column!r} (mapped to {name!r}); {found}")
+        self._source = {name: self.mapping.get(name, name) for name in STANDARD}
+        self._source = {name: column for name, column in self._source.items() if column in self.columns}
+        for column in self.columns:
+            name = _MISNAMED.get(column.lower(), "")
+            if name and name not in self._source and name not in self.mapping and column not in self._source.values():
+                raise InputError(
+                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --columns "
+                    f"{name}={column} (--columns {name}= leaves it unread)"
+                )
+        if self.need_answer and not any(name in self._source for name in ANSWERS):
+            raise InputError(
+                f"{self.table}:1: missing column: none of {', '.join(ANSWERS)}; {found}. Name the column that the "
+                f"model is to learn, or map it: --columns text={self.columns[-1]}"
+            )
+
+    def example(self, row: Row) -> Example:
+        """The example of one row.
+
+        Raises:
+            InputError: naming file:line; no text to learn, no prompt where one is needed, or media not found.
+        """
+        cell = {name: row.values[column] for name, column in self._source.items()}
+        given = {name: value for name, value in cell.items() if value.strip()}
+        row_id = given.get("id", row.where).strip()
+        target = next((name for name in ANSWERS if name in given), None)
+        if target is None and self.need_answer:
+            names = [self._source[name] for name in ANSWERS if name in self._source]
+            raise InputError(
+                f"{row.where}: empty text: nothing in {' or '.join(map(repr, names))} for the model to learn; "
+                "fill the cell or remove the row"
+            )
+        prompt = next((given[name] for name in PROMPTS if name in given), None)
+        media = [name for name in MEDIA if name in given]
+        if not media and prompt is None and target == "text":
+            return Example((Turn("model", (Text(given["text"]),)),), row.where, row_id, completion=True)
+        if prompt is None:
+            prompt = self._default_prompt(target, media, given, row)
+        parts: list[Part] = []
+        if "image_path" in media:
+            parts.append(Image(self._find("image_path", given, row)))
+        if prompt:
+            parts.append(Text(prompt))
+        if "audio_path" in media:
+            parts.append(Audio(self._find("audio_path", given, row)))
+        turns = [Turn("user", tuple(parts))]
+        if "system" in given:
+            turns.insert(0, Turn("system", (Text(given["system"]),)))
+        if target is not None:
+            turns.append(Turn("model", (Text(given[target]),)))
+        return Example(tuple(turns), row.where, row_id)
+
+    def _find(self, name: str, given: dict[str, str], row: Row) -> Path:
+        return self.folders.find(given[name].strip(), self._source[name], row.where)
+
+    def _default_prompt(self, target: str | None, media: list[str], given: dict[str, str], row: Row) -> str:
+        """What the user says where neither `question` nor `prompt` does; "" where the clip is the question."""
+        if "audio_path" in media and target in ("answer", "response"):
+            return ""
+        if not media or target in ("answer", "response"):
+            columns = " or ".join(map(repr, PROMPTS))
+            what = f"{self._source[target]!r} is an answer to nothing" if target else "nothing to answer"
+            raise InputError(
+                f"{row.where}: empty text: {what}; fill a column {columns}, or give a file in a media column"
+            )
+        if "audio_path" not in media:
+            return self.prompts.describe
+        if language := given.get("language", "").strip():
+            return self.prompts.transcribe_in.replace("{language}", language)
+        return self.prompts.transcribe
