@@ -1,0 +1,72 @@
+"""Flags of the commands, derived from the fields of ``TrainConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from gemma_mlx.config import FIELDS, TrainConfig, convert
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+METAVARS = {"text": "TEXT", "int": "N", "float": "X", "list": "TEXT", "mapping": "NAME=COLUMN"}
+
+
+def flag_name(name: str) -> str:
+    """``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def field_option(name: str, fill: bool = True, **overrides: Any) -> Decorator:
+    """The flag of one config field.
+
+    With ``fill`` the command receives a converted value, the field's default included; without, the text as typed or
+    None, so that the caller can tell what was given. ``overrides`` go to ``click.option``.
+    """
+    f, rules = FIELDS[name], FIELDS[name].metadata
+    kind, default = rules["kind"], getattr(TrainConfig(), name)
+    shown = "" if default in (None, False, [], {}) else f"  [default: {default:g}]" if kind == "float" else None
+    shown = f"  [default: {default}]" if shown is None else shown
+
+    def filled(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+        value = None if value == () else value
+        if not fill:
+            return value
+        return default if value is None else convert(f, value, flag_name(name))
+
+    arguments: dict[str, Any] = {"default": None, "callback": filled, "help": rules["help"] + shown}
+    if kind == "flag":
+        arguments["is_flag"] = True
+    else:
+        choices = "|".join(map(str, rules["choices"]))
+        arguments |= {"type": str, "metavar": choices or METAVARS[kind], "multiple": kind in ("list", "mapping")}
+    return click.option(flag_name(name), name, **(arguments | overrides))
+
+
+def field_options(*names: str, fill: bool = True) -> Decorator:
+    """The flags of several fields, in this order on the help page."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            function = field_option(name, fill)(function)
+        return function
+
+    return decorate
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--model`` (required), ``--adapter`` and how to load them: model, adapter, dtype, audio_window,
+    allow_unexpected."""
+    function = field_options("dtype", "audio_window", "allow_unexpected")(function)
+    function = click.option("--adapter", metavar="FOLDER", help="Adapter folder of a run; without it the base.")(
+        function
+    )
+    return field_option("model", required=True)(function)
+
+
+DATA_OPTIONS = tuple(n for n, f in FIELDS.items() if f.metadata["group"] == "data" and n != "train_on")
+"""How rows are read, beside where they are."""
+
+data_options = field_options(*DATA_OPTIONS)
+"""How rows are read: media_root, column, audio_prompt, image_prompt, system, image_tokens, long_audio."""

@@ -1,0 +1,297 @@
+"""Every option of a training run, once: its name, type, default, range and help.
+
+The command line's flags, the keys of a ``--config`` file and the keyword arguments of ``finetune`` are all derived
+from the fields of ``TrainConfig``; nothing else in the library has a default for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma_mlx.errors import InputError
+
+CONFIG_FILE = "config.yaml"
+"""A run's options, in its folder."""
+
+
+def option(
+    default: Any,
+    kind: str,
+    group: str,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    resumable: bool = False,
+) -> Any:
+    """A field with its rules. ``kind``: text, int, float, flag, list (repeatable) or mapping (name=value, repeatable).
+
+    ``low`` and ``high`` are inclusive. ``resumable``: may differ when a run is resumed, because it does not change
+    what the finished steps computed.
+    """
+    rules = {"kind": kind, "group": group, "help": help, "choices": choices, "low": low, "high": high}
+    rules |= {"resumable": resumable, "optional": default is None}
+    if kind in ("list", "mapping"):
+        return field(default_factory=list if kind == "list" else dict, metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of one run. Values are converted and checked on construction; a bad one raises InputError."""
+
+    model: str | None = option(None, "text", "run", "Checkpoint: a folder or a Hub id.")
+    data: str | None = option(None, "text", "run", "CSV of training rows.")
+    valid: str | None = option(None, "text", "run", "CSV of validation rows; without it the last adapter is kept.")
+    out: str | None = option(None, "text", "run", "Run folder; must not hold a run yet, unless --resume is given.")
+    resume: bool = option(
+        False, "flag", "run", "Go on from the newest whole checkpoint in --out; other options come from that run."
+    )
+
+    media_root: list[str] = option(  # noqa: RUF009
+        None, "list", "data", "Folder where media may lie besides the CSV's own folder; repeatable."
+    )
+    column: dict[str, str] = option(  # noqa: RUF009
+        None, "mapping", "data", "NAME=COLUMN: read NAME (text, audio_path, ...) from another column; repeatable."
+    )
+    audio_prompt: str | None = option(None, "text", "data", "Instruction beside a clip; default: a transcription one.")
+    image_prompt: str | None = option(None, "text", "data", "Instruction beside a picture that has no question.")
+    system: str | None = option(None, "text", "data", "System turn put before every row.")
+    image_tokens: int | None = option(
+        None,
+        "int",
+        "data",
+        "Soft tokens a picture may take; default: the checkpoint's.",
+        choices=(70, 140, 280, 560, 1120),
+    )
+    long_audio: str = option(
+        "error", "text", "data", "Clips over 30 s: stop with an error, keep the first 30 s, or leave the row out.",
+        choices=("error", "truncate", "skip"),
+    )  # fmt: skip
+    train_on: str = option("all", "text", "data", "Model turns that count in the loss.", choices=("all", "last"))
+
+    dtype: str = option(
+        "auto", "text", "model", "Dtype of the base: auto is bfloat16 on a GPU and float32 on a CPU.",
+        choices=("auto", "bfloat16", "float32"),
+    )  # fmt: skip
+    audio_window: int = option(
+        12, "int", "model", "Keys an audio frame attends to: 12 as in transformers, 13 as in Google's release.",
+        choices=(12, 13),
+    )  # fmt: skip
+    allow_unexpected: bool = option(False, "flag", "model", "Ignore checkpoint tensors that the model does not have.")
+
+    targets: str = option(
+        "decoder", "text", "adapter",
+        "Layers that get an adapter: names (q_proj, audio.q_proj) or groups (decoder, vision, audio, embedders, all), "
+        "comma separated.",
+    )  # fmt: skip
+    rank: int = option(16, "int", "adapter", "Rank of the adapters.", low=1, high=4096)
+    alpha: float | None = option(
+        None, "float", "adapter", "The adapter counts alpha/rank times; default: the rank (Google's recipe: 16 at 16).",
+        low=0.0,
+    )  # fmt: skip
+    dropout: float = option(0.0, "float", "adapter", "Dropout on the adapters' input.", low=0.0, high=0.99)
+
+    epochs: float = option(
+        3.0, "float", "training", "Passes over the data, unless --steps is given.", low=0.0, resumable=True
+    )
+    steps: int | None = option(None, "int", "training", "Optimizer steps.", low=1, resumable=True)
+    batch_size: int = option(4, "int", "training", "Rows in a batch.", low=1)
+    accumulate: int = option(
+        1, "int", "training", "Batches in an optimizer step; weighted by their label tokens.", low=1
+    )
+    lr: float = option(2e-4, "float", "training", "Peak learning rate.", low=0.0)
+    schedule: str = option(
+        "cosine", "text", "training", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant")
+    )
+    warmup: float = option(0.03, "float", "training", "Warm-up: steps, or a part of all steps if below 1.", low=0.0)
+    min_lr: float = option(0.0, "float", "training", "Learning rate at the end of cosine and linear.", low=0.0)
+    weight_decay: float = option(0.0, "float", "training", "AdamW's decoupled weight decay.", low=0.0)
+    clip: float = option(1.0, "float", "training", "Largest global gradient norm; 0 never clips.", low=0.0)
+    seed: int = option(
+        0, "int", "training", "Seed of the adapter, the order of rows, and dropout.", low=0, high=2**63 - 1
+    )
+
+    eval_every: int = option(
+        100, "int", "watching", "Steps between validations (0: at the end only).", low=0, resumable=True
+    )
+    save_every: int = option(
+        100, "int", "watching", "Steps between checkpoints (0: at the end only).", low=0, resumable=True
+    )
+    keep: int = option(2, "int", "watching", "Newest checkpoints kept.", low=1, resumable=True)
+    patience: int = option(
+        0, "int", "watching", "Stop after so many validations without a better loss (0: never).", low=0, resumable=True
+    )
+    log_every: int = option(1, "int", "watching", "Steps between lines of metrics.jsonl.", low=1, resumable=True)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, convert(f, getattr(self, f.name), f.name))
+        if self.patience and not self.valid:
+            raise InputError("patience: early stopping needs validation rows (valid)")
+        if self.min_lr > self.lr:
+            raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """Alpha with its default filled in."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    def to_yaml(self) -> str:
+        """All options but ``resume``, as a file that ``--config`` reads back to an equal config."""
+        values = dataclasses.asdict(self)
+        del values["resume"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+"""Option name -> field, in the order of the help page."""
+
+
+def configure(values: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> TrainConfig:
+    """Options as given by the user -> config; with ``resume`` the rest comes from the run folder's own config.
+
+    ``labels`` says what to call an option in messages (``--lr``, ``c.yaml: lr``). Raises InputError for an unknown
+    name, with the closest known one; for a value of the wrong type or out of range; and, on resume, for a value that
+    differs from the run's where that would change what was already computed.
+    """
+    labels = labels or {}
+    checked = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise InputError(f"{labels.get(name, name)}: unknown option{_closest(name, FIELDS)}")
+        checked[name] = convert(FIELDS[name], value, labels.get(name, name))
+    if checked.get("resume"):
+        checked = _resumed(checked, labels)
+    return TrainConfig(**checked)
+
+
+def _resumed(given: dict[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """The stored options of the run in ``out``, with the given ones on top where they may differ."""
+    if not given.get("out"):
+        raise InputError(f"{labels.get('resume', 'resume')}: name the run folder to go on from (out)")
+    path = Path(given["out"]) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{labels.get('resume', 'resume')}: {given['out']} holds no run ({CONFIG_FILE} is missing)")
+    stored = {k: convert(FIELDS[k], v, f"{path}: {k}") for k, v in read_yaml(path).items()}
+    for name, value in given.items():
+        if name in ("resume", "out") or FIELDS[name].metadata["resumable"] or value == stored.get(name):
+            continue
+        raise InputError(
+            f"{labels.get(name, name)}: the run in {given['out']} was started with {stored.get(name)!r}, "
+            f"not {value!r}; resume it without this option, or start another run folder"
+        )
+    return {**stored, **given}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of options -> name -> value; dashes in names are read as underscores. Raises InputError."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: expected options as `name: value`, found a {type(loaded).__name__}")
+    values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    for key in values:
+        if key not in FIELDS:
+            raise InputError(f"{path}: unknown option {key!r}{_closest(key, FIELDS)}")
+    return values
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known options: {', '.join(known)}"
+
+
+def convert(f: dataclasses.Field[Any], value: Any, label: str) -> Any:
+    """A value from a flag (text), YAML or Python -> the field's type, checked against its choices and range."""
+    rules = f.metadata
+    if value is None:
+        if rules["kind"] == "list":
+            return []
+        if rules["kind"] == "mapping":
+            return {}
+        if rules["optional"]:
+            return None
+        raise InputError(f"{label}: expected {_expected(rules)}, got nothing")
+    try:
+        result = _CONVERTERS[rules["kind"]](value)
+    except (ValueError, TypeError):
+        raise InputError(f"{label}: expected {_expected(rules)}, got {value!r}") from None
+    low, high = rules["low"], rules["high"]
+    out_of_range = (low is not None and result < low) or (high is not None and result > high)
+    if out_of_range or (rules["choices"] and result not in rules["choices"]):
+        raise InputError(f"{label}: expected {_expected(rules)}, got {value!r}")
+    return result
+
+
+def _expected(rules: Mapping[str, Any]) -> str:
+    if rules["choices"]:
+        return " or ".join(map(str, rules["choices"]))
+    words = {"int": "a whole number", "float": "a number", "text": "text", "flag": "true or false"}
+    text = words.get(rules["kind"], "a list of texts" if rules["kind"] == "list" else "NAME=COLUMN pairs")
+    if rules["low"] is not None and rules["high"] is not None:
+        return f"{text} from {rules['low']:g} to {rules['high']:g}"
+    return f"{text} of at least {rules['low']:g}" if rules["low"] is not None else text
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    result = float(value)
+    if isinstance(value, bool) or not math.isfinite(result):
+        raise ValueError
+    return result
+
+
+def _text(value: Any) -> str:
+    """Text or a path; a list of texts is joined with commas (``targets: [q_proj, v_proj]``)."""
+    if isinstance(value, list | tuple) and value:
+        return ",".join(_text(part) for part in value)
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError
+    return str(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _list(value: Any) -> list[str]:
+    return [_text(v) for v in ([value] if isinstance(value, str | Path) else value)]
+
+
+def _mapping(value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {_text(k): _text(v) for k, v in value.items()}
+    pairs = [part.partition("=") for part in _list(value)]
+    if any(not name or not column for name, _, column in pairs):
+        raise ValueError
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+_CONVERTERS = {"int": _integer, "float": _number, "text": _text, "flag": _flag, "list": _list, "mapping": _mapping}

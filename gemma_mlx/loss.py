@@ -1,0 +1,57 @@
+"""Cross entropy at label positions, in float32, as a sum and a count.
+
+transformers' ``ForCausalLMLoss``: labels are not shifted in the batch; the hidden state at t predicts the label at
+t + 1, and ``IGNORE_INDEX`` (−100) counts nowhere. Sums, not means, so that batches with unequal numbers of labels
+add up to what one large batch gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gemma_mlx.batch import IGNORE_INDEX
+
+POSITION_BUCKET = 32
+"""Label positions are padded to a multiple of this, so that a compiled step sees few shapes."""
+
+
+def label_positions(labels: np.ndarray, multiple: int = POSITION_BUCKET) -> dict[str, np.ndarray]:
+    """The positions whose next token counts, as padded flat lists.
+
+    ``labels`` int [B, T], not shifted. Returns ``positions`` int32 [n] into the flattened [B·T] hidden states,
+    ``targets`` int32 [n] token ids, ``weights`` float32 [n] (1, or 0 in the padding), n a multiple of ``multiple``.
+    """
+    rows, columns = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
+    padded = max(1, -(-len(rows) // multiple)) * multiple
+    result = {"positions": np.zeros(padded, np.int32), "targets": np.zeros(padded, np.int32)}
+    result["positions"][: len(rows)] = rows * labels.shape[1] + columns
+    result["targets"][: len(rows)] = labels[rows, columns + 1]
+    result["weights"] = (np.arange(padded) < len(rows)).astype(np.float32)
+    return result
+
+
+def loss_sum(
+    model: Any, hidden: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """(sum of cross entropies, number of correct argmaxes), float32 scalars.
+
+    ``hidden`` [B, T, H] are the states after the final norm; the rest as ``label_positions`` gives it. The head and
+    its softcap run at label positions only.
+    """
+    picked = hidden.reshape(-1, hidden.shape[-1])[positions]
+    logits = model.logits(picked).astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    losses = mx.logsumexp(logits, axis=-1) - chosen
+    correct = mx.argmax(logits, axis=-1) == targets
+    return mx.sum(losses * weights), mx.sum(correct * weights)
+
+
+def loss_and_count(model: Any, inputs: dict[str, Any], labels: np.ndarray) -> tuple[mx.array, int, mx.array]:
+    """(loss sum, label positions, correct argmaxes) of one batch: ``inputs`` as ``Batch.inputs`` gives them."""
+    where = label_positions(labels)
+    hidden = model.hidden(**inputs)
+    total, correct = loss_sum(model, hidden, *(mx.array(where[k]) for k in ("positions", "targets", "weights")))
+    return total, int(where["weights"].sum()), correct
