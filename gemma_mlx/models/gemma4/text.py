@@ -1,0 +1,274 @@
+"""Gemma 4's text decoder (E2B and E4B): transformers' ``Gemma4TextModel`` in MLX.
+
+Keys and values are explicit: a layer that owns them returns them, a layer that shares takes them as an argument. So
+they are outputs and inputs of a checkpointed layer, and gradients of all consumers reach their provider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
+from gemma_mlx.models.layers import BufferModule, RMSNorm
+from gemma_mlx.spec import FULL, SLIDING, TextSpec
+
+KeysValues = tuple[mx.array, mx.array]
+_NO_ROTATION = 1e30  # a period: finite, because fast-math may treat 1/inf as it likes
+
+
+def _scaled(x: mx.array, factor: float) -> mx.array:
+    """x · factor with the product taken in float32: MLX would first round a Python float to bfloat16."""
+    return (x.astype(mx.float32) * factor).astype(x.dtype)
+
+
+def rope_periods(dims: int, parameters: dict) -> mx.array:
+    """Periods [dims/2] in float32 of the rotary embedding over `dims` elements, element i paired with i + dims/2.
+
+    "default" rotates all pairs, by theta^(−2i/dims) a position; "proportional" the first `partial_rotary_factor` of
+    them with the same exponents, and leaves the others alone (transformers' ``ROPE_INIT_FUNCTIONS``).
+    """
+    theta, rotated = float(parameters["rope_theta"]), dims // 2
+    if parameters.get("rope_type") == "proportional":
+        rotated = int(float(parameters.get("partial_rotary_factor", 1.0)) * dims // 2)
+    periods = np.full(dims // 2, _NO_ROTATION, np.float32)
+    periods[:rotated] = theta ** (2 * np.arange(rotated, dtype=np.float64) / dims)
+    if parameters.get("rope_type") == "proportional":
+        periods[:rotated] *= float(parameters.get("factor", 1.0))
+    return mx.array(periods)
+
+
+def rotate(x: mx.array, periods: mx.array, positions: int | mx.array) -> mx.array:
+    """Rotary embedding of x [B, heads, T, d].
+
+    `positions` is the first of T consecutive positions, or int [B or 1, T] where they are not consecutive.
+    """
+    if isinstance(positions, int):
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
+    angles = positions[:, None, :, None].astype(mx.float32) / periods
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def additive_mask(
+    queries: mx.array, keys: mx.array, window: int | None, valid: mx.array | None, dtype: mx.Dtype
+) -> mx.array:
+    """Mask [B or 1, 1, Tq, Tk]: 0 where a key may be seen, else the dtype's most negative finite value.
+
+    The fill is finite so that a row that sees nothing (padding) averages instead of giving NaN.
+
+    Args:
+        queries: int positions [B or 1, Tq], in any order.
+        keys: int positions [Tk].
+        window: keys that a query sees, itself included; None for all up to itself.
+        valid: bool [B, Tk], false on padding keys.
+    """
+    distance = queries[:, None, :, None] - keys[None, None, None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen = mx.logical_and(seen, distance < window)
+    if valid is not None:
+        seen = mx.logical_and(seen, valid[:, None, None, :])
+    return mx.where(seen, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the queries of one call stand, for every layer alike.
+
+    `positions` as `rotate` takes them; `masks` by attention type as `scaled_dot_product_attention` takes them: None
+    (everything is seen), "causal" (lower right aligned) or an additive array.
+    """
+
+    positions: int | mx.array
+    masks: dict[str, mx.array | str | None]
+
+
+def place(
+    spec: TextSpec, length: int, dtype: mx.Dtype, valid: mx.array | None = None, cache: Cache | None = None
+) -> Place:
+    """The place of `length` consecutive tokens after those that `cache` has seen.
+
+    Args:
+        valid: bool [B, offset + length], false on padding; None where there is none, or only on the right (a causal
+            mask hides padding on the right from every real token).
+    """
+    offset = 0 if cache is None else cache.offset
+    masks: dict[str, mx.array | str | None] = {}
+    for kind, window in ((FULL, None), (SLIDING, spec.sliding_window)):
+        n_keys = length + (0 if cache is None else cache.held(kind))
+        if valid is None and (window is None or n_keys <= window):
+            masks[kind] = None if length == 1 else "causal"
+            continue
+        queries = mx.arange(offset, offset + length)[None]
+        keys = mx.arange(offset + length - n_keys, offset + length)
+        seen = None if valid is None else valid[:, -n_keys:]
+        masks[kind] = additive_mask(queries, keys, window, seen, dtype)
+    return Place(offset, masks)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys, scale 1 (transformers' ``Gemma4TextAttention``)."""
+
+    def __init__(self, spec: TextSpec, layer: int):
+        super().__init__()
+        self.kind = spec.layer_types[layer]
+        self.heads, self.kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self.head_dim = spec.layer_head_dim(layer)
+        self.owns_kv = layer < spec.first_kv_shared_layer
+        hidden, d = spec.hidden_size, self.head_dim
+        self.q_proj = nn.Linear(hidden, self.heads * d, bias=False)
+        self.o_proj = nn.Linear(self.heads * d, hidden, bias=False)
+        self.q_norm = RMSNorm(d, spec.rms_norm_eps)
+        if self.owns_kv:
+            self.k_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
+            self.v_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
+            self.k_norm = RMSNorm(d, spec.rms_norm_eps)
+            self.v_norm = RMSNorm(d, spec.rms_norm_eps, with_scale=False)
+        self._periods = rope_periods(d, spec.rope_parameters[self.kind])
+
+    def keys_values(self, x: mx.array, where: Place) -> KeysValues:
+        """Normed and rotated keys, normed values, each [B, kv_heads, T, d]. Only where the layer owns them."""
+        batch, length, _ = x.shape
+        k = self.k_norm(self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
+        v = self.v_norm(self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
+        return rotate(k, self._periods, where.positions), v
+
+    def __call__(self, x: mx.array, kv: KeysValues, where: Place) -> mx.array:
+        """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)).swapaxes(1, 2)
+        q = rotate(q, self._periods, where.positions)
+        out = mx.fast.scaled_dot_product_attention(q, *kv, scale=1.0, mask=where.masks[self.kind])
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """down(gelu_tanh(gate x) ⊙ up x)."""
+
+    def __init__(self, dims: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, width, bias=False)
+        self.up_proj = nn.Linear(dims, width, bias=False)
+        self.down_proj = nn.Linear(width, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(BufferModule):
+    """Attention, MLP and per-layer embedding, each between two norms, then the layer's scalar over the whole stream."""
+
+    def __init__(self, spec: TextSpec, layer: int):
+        super().__init__()
+        hidden, eps = spec.hidden_size, spec.rms_norm_eps
+        self.self_attn = Attention(spec, layer)
+        self.mlp = MLP(hidden, spec.layer_intermediate_size(layer))
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.add_buffer("layer_scalar", mx.ones((1,)))
+        if spec.hidden_size_per_layer_input:
+            self.per_layer_input_gate = nn.Linear(hidden, spec.hidden_size_per_layer_input, bias=False)
+            self.per_layer_projection = nn.Linear(spec.hidden_size_per_layer_input, hidden, bias=False)
+            self.post_per_layer_input_norm = RMSNorm(hidden, eps)
+
+    def __call__(
+        self,
+        x: mx.array,
+        per_layer_input: mx.array | None,
+        where: Place,
+        kv: KeysValues | None = None,
+        cache: SlidingCache | FullCache | None = None,
+    ) -> tuple[mx.array, KeysValues]:
+        """One layer over x [B, T, hidden].
+
+        Args:
+            per_layer_input: [B, T, hidden_size_per_layer_input], this layer's share.
+            kv: the provider's keys and values where this layer shares them; None where it owns its own.
+            cache: of this layer, where it owns its keys and values.
+
+        Returns:
+            The new stream, and the keys and values that were attended to.
+        """
+        normed = self.input_layernorm(x)
+        if kv is None:
+            kv = self.self_attn.keys_values(normed, where)
+            if cache is not None:
+                kv = cache.update(*kv)
+        x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        if per_layer_input is not None:
+            gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
+            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return x * self.layer_scalar.astype(x.dtype), kv
+
+
+class TextModel(nn.Module):
+    """Embeddings, per-layer embeddings, decoder layers, final norm and the tied head."""
+
+    def __init__(self, spec: TextSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = [DecoderLayer(spec, i) for i in range(spec.num_hidden_layers)]
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        if width := spec.hidden_size_per_layer_input:
+            packed = spec.num_hidden_layers * width
+            self.embed_tokens_per_layer = nn.Embedding(spec.vocab_size_per_layer_input, packed)
+            self.per_layer_model_projection = nn.Linear(spec.hidden_size, packed, bias=False)
+            self.per_layer_projection_norm = RMSNorm(width, spec.rms_norm_eps)
+
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """Token embeddings [B, T, hidden] times sqrt(hidden), which is rounded to the weights' dtype first."""
+        rows = self.embed_tokens(input_ids)
+        return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
+
+    def per_layer_inputs(self, input_ids: mx.array, embeddings: mx.array) -> mx.array | None:
+        """Per-layer embeddings [B, T, layers, width]: a row by token id plus a projection of the spliced embeddings.
+
+        At soft slots `input_ids` must hold the pad id: the id part there is pad's row, not zero.
+        """
+        width = self.spec.hidden_size_per_layer_input
+        if not width:
+            return None
+        shape = (*input_ids.shape, self.spec.num_hidden_layers, width)
+        rows = self.embed_tokens_per_layer(input_ids)
+        rows = (rows * mx.array(width**0.5, rows.dtype)).reshape(shape)
+        context = _scaled(self.per_layer_model_projection(embeddings), self.spec.hidden_size**-0.5)
+        context = self.per_layer_projection_norm(context.reshape(shape))
+        return _scaled(context + rows, 2.0**-0.5)
+
+    def __call__(
+        self, embeddings: mx.array, per_layer: mx.array | None, where: Place, cache: Cache | None = None
+    ) -> mx.array:
+        """Embeddings [B, T, hidden] (soft tokens spliced in) -> hidden states [B, T, hidden] after the final norm.
+
+        `per_layer` as from `per_layer_inputs`; `where` as from `place`, made with the same `cache`.
+        """
+        x, shared = embeddings, {}
+        for i, layer in enumerate(self.layers):
+            provider = self.spec.kv_provider(i)
+            x, kv = layer(
+                x,
+                None if per_layer is None else per_layer[:, :, i],
+                where,
+                kv=None if provider == i else shared[provider],
+                cache=None if cache is None or provider != i else cache.layers[i],
+            )
+            if provider == i:
+                shared[i] = kv
+        if cache is not None:
+            cache.offset += embeddings.shape[1]
+        return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
+        out = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        cap = self.spec.final_logit_softcapping
+        return out if cap is None else mx.tanh(out / cap) * cap

@@ -1,0 +1,304 @@
+"""Checkpoints: a folder of safetensors -> a model with lazy weights, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from gemma_mlx.errors import InputError
+from gemma_mlx.models.multimodal import Gemma4
+from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
+from gemma_mlx.spec import ModelSpec, read_spec
+
+if TYPE_CHECKING:
+    from gemma_mlx.data.processor import Processor
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a file's header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors that a safetensors file says it holds, after checking that its bytes are all there.
+
+    MLX reads lazily, so that a cut-off file would fail in the middle of a run, or not at all.
+
+    Raises:
+        InputError: unreadable, not safetensors, or shorter or longer than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(length)) if length < size else None
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (OSError, struct.error, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: not a safetensors file, or cut off within its header; download it again")
+    header.pop("__metadata__", None)
+    tensors, end = [], 0
+    for name, entry in header.items():
+        try:
+            start, stop = entry["data_offsets"]
+            shape, item = tuple(map(int, entry["shape"])), _ITEM_BYTES.get(entry["dtype"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: the header's entry for {name} is malformed; download the file again") from None
+        if item is None:
+            raise InputError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
+        if stop - start != item * math.prod(shape):
+            raise InputError(f"{path}: {name} {list(shape)} takes {stop - start} bytes; the header is corrupt")
+        tensors.append(StoredTensor(name, shape, path))
+        end = max(end, stop)
+    if size != 8 + length + end:
+        raise InputError(f"{path}: {size} bytes, but its header promises {8 + length + end}; download it again")
+    return tensors
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those of its index, else the single file.
+
+    Raises:
+        InputError: none, or a file of the index is missing.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise InputError(f"{folder}: found neither model.safetensors nor {INDEX}")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: expected a JSON object with a 'weight_map'") from None
+    missing = [n for n in names if not (folder / n).exists()]
+    if missing:
+        raise InputError(f"{index}: names {', '.join(missing)}, missing from the folder; download again")
+    return [folder / n for n in names]
+
+
+def _indexed_names(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Raise where the index places a tensor in a file that does not hold it."""
+    index = folder / INDEX
+    if not index.exists():
+        return
+    for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        found = stored.get(name)
+        if found is None or found.file.name != file:
+            raise InputError(f"{index}: {name} should be in {file}, which does not hold it")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _match(
+    folder: Path, spec: ModelSpec, wanted: dict[str, tuple[int, ...]], allow_unexpected: bool
+) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
+    """Module path -> (stored tensor, axes to transpose) for every parameter of the model.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, is stored twice, or is not expected.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in checkpoint_files(folder):
+        for tensor in read_header(file):
+            if tensor.name in stored:
+                raise InputError(f"{file}: {tensor.name} is also in {stored[tensor.name].file.name}")
+            stored[tensor.name] = tensor
+    _indexed_names(folder, stored)
+    matched, unexpected = {}, []
+    for tensor in stored.values():
+        path = module_path(tensor.name)
+        if path not in wanted:
+            if not may_be_dropped(path, spec) and not may_be_dropped(tensor.name, spec):
+                unexpected.append(tensor.name)
+            continue
+        axes = to_mlx_axes(path, tensor.shape, wanted[path])
+        if axes is None and tensor.shape != wanted[path]:
+            raise InputError(
+                f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but config.json makes it "
+                f"{list(wanted[path])}"
+            )
+        matched[path] = (tensor, axes)
+    if missing := sorted(set(wanted) - set(matched)):
+        shape = list(wanted[missing[0]])
+        raise InputError(f"{folder}: {len(missing)} missing tensors: {_some(missing)} (the first has shape {shape})")
+    if unexpected and not allow_unexpected:
+        file = stored[unexpected[0]].file
+        raise InputError(
+            f"{file}: {len(unexpected)} unexpected tensors: {_some(sorted(unexpected))}; "
+            "--allow-unexpected ignores them"
+        )
+    return matched
+
+
+def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
+    """The dtype by name; by default the checkpoint's own on a GPU, and float32 on a CPU, where bfloat16 is slow."""
+    if name is None:
+        name = spec.dtype if mx.default_device().type == mx.gpu else "float32"
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(
+    folder: str | Path, dtype: str | None = None, allow_unexpected: bool = False, audio_window: int = 12
+) -> Gemma4:
+    """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
+
+    Args:
+        folder: config.json with model.safetensors, or with an index and its shards.
+        dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own on a GPU and float32 on a CPU.
+        allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
+            files hold for layers that share another layer's are always ignored.
+        audio_window: keys that an audio frame attends to, itself included: 12 (transformers) or 13 (Google's JAX).
+
+    Raises:
+        InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
+    """
+    folder = Path(folder)
+    spec = read_spec(folder)
+    if spec.audio is not None:
+        spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
+    target = _dtype(dtype, spec)
+    model = Gemma4(spec)
+    wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+    matched = _match(folder, spec, wanted, allow_unexpected)
+    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
+    weights = []
+    for path, (tensor, axes) in matched.items():
+        array = files[tensor.file][tensor.name]
+        weights.append((path, (array if axes is None else array.transpose(axes)).astype(target)))
+    model.load_weights(weights)
+    model.freeze()
+    return model
+
+
+def _shards(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:
+    """Tensors in order, cut into groups of at most `SHARD_BYTES`."""
+    shards, size = [{}], 0
+    for name, array in tensors.items():
+        if size and size + array.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    return shards
+
+
+def save_model(model: Gemma4, folder: str | Path) -> None:
+    """Write config.json and safetensors that transformers and `load_model` read: its names, torch's layouts.
+
+    Every file is written beside its place and renamed; the weights come before config.json.
+
+    Raises:
+        InputError: the model holds an adapter (weights that a checkpoint has no names for).
+    """
+    folder = Path(folder)
+    own = {name for name, _ in tree_flatten(Gemma4(model.spec).parameters())}
+    params = dict(tree_flatten(model.parameters()))
+    if extra := sorted(set(params) ^ own):
+        raise InputError(f"{folder}: not weights of a checkpoint: {_some(extra)}; merge the adapter first")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, array in params.items():
+        axes = to_torch_axes(name, array.ndim)
+        tensors[name] = array if axes is None else mx.contiguous(array.transpose(axes))
+    shards = _shards(tensors)
+    files = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        files |= dict.fromkeys(shard, file)
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            mx.save_safetensors(f"{part}/{file}", shard, metadata={"format": "pt"})
+            os.replace(f"{part}/{file}", folder / file)
+    if len(shards) > 1:
+        total = sum(a.nbytes for a in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    dtype = str(model.model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
+    _write_json(folder / "config.json", {**model.spec.config, "dtype": dtype})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or the local copy of a Hub repository (downloaded where it is not there yet).
+
+    Raises:
+        InputError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise InputError(f"model {name}: no such folder, and not a Hub id (organisation/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as e:  # offline, gated, unknown: huggingface_hub has a dozen classes for these
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"model {name}: not a local folder, and the Hub did not give it ({reason})") from e
+
+
+def load(
+    model: str | Path,
+    quantize: int | None = None,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    allow_unexpected: bool = False,
+    audio_window: int = 12,
+) -> tuple[Gemma4, Processor]:
+    """A model and its processor, from a folder or a Hub id.
+
+    The processor is lazy: a folder without a tokenizer loads too.
+
+    Args:
+        model: folder, or Hub id such as "google/gemma-4-E2B-it".
+        quantize: not supported yet.
+        adapter: folder of a saved adapter, attached to the model.
+        dtype, allow_unexpected, audio_window: as for `load_model`.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        InputError: as `load_model`; the model cannot be found; the adapter does not fit.
+    """
+    if quantize is not None:
+        raise InputError(f"quantize {quantize}: not supported yet; leave it out")
+    folder = resolve(model, revision)
+    loaded = load_model(folder, dtype, allow_unexpected, audio_window)
+    if adapter is not None:
+        from gemma_mlx.lora import load_adapter
+
+        load_adapter(loaded, adapter)
+    from gemma_mlx.data.processor import Processor
+
+    return loaded, Processor(folder, loaded.spec)

@@ -1,0 +1,194 @@
+"""Encode pictures and clips, splice their soft tokens into the text, run the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from gemma_mlx.errors import InputError
+from gemma_mlx.models.cache import Cache
+from gemma_mlx.models.gemma4.audio import AudioTower
+from gemma_mlx.models.gemma4.text import TextModel, place
+from gemma_mlx.models.gemma4.vision import VisionTower
+from gemma_mlx.models.layers import MultimodalEmbedder
+from gemma_mlx.spec import ModelSpec
+
+Array = Any
+"""A numpy or MLX array."""
+
+
+def _host(array: Array | None) -> np.ndarray | None:
+    """The array as numpy; None where it is None or being traced, so that its values are not known."""
+    if array is None or isinstance(array, np.ndarray):
+        return array
+    try:
+        return np.array(array)
+    except (ValueError, RuntimeError):  # inside mx.compile nothing may be evaluated
+        return None
+
+
+def _is_right_padded(mask: np.ndarray) -> bool:
+    """Whether every row of a 0/1 mask [B, T] is ones, then zeros."""
+    return bool((np.diff(mask.astype(np.int8), axis=1) <= 0).all())
+
+
+def splice(embeddings: mx.array, slots: mx.array, soft_tokens: mx.array) -> mx.array:
+    """Write soft tokens [n, H] into `embeddings` [B, T, H] at `slots` (bool [B, T]), in reading order."""
+    index = mx.cumsum(slots.reshape(-1).astype(mx.int32)) - 1
+    rows = mx.take(soft_tokens, mx.clip(index, 0, soft_tokens.shape[0] - 1), axis=0)
+    rows = rows.reshape(*slots.shape, -1).astype(embeddings.dtype)
+    return mx.where(slots[..., None], rows, embeddings)
+
+
+class Gemma4Model(nn.Module):
+    """Towers, embedders and text decoder under the names of transformers' ``Gemma4Model``."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        text = spec.text
+        self.language_model = TextModel(text)
+        if spec.vision is not None:
+            self.vision_tower = VisionTower(spec.vision)
+            self.embed_vision = MultimodalEmbedder(spec.vision.hidden_size, text.hidden_size, spec.vision.rms_norm_eps)
+        if spec.audio is not None:
+            audio = spec.audio
+            self.audio_tower = AudioTower(audio, audio.attention_window)
+            self.embed_audio = MultimodalEmbedder(audio.output_proj_dims, text.hidden_size, audio.rms_norm_eps)
+
+
+class Gemma4(nn.Module):
+    """Gemma 4 with its towers (transformers' ``Gemma4ForConditionalGeneration``): a checkpoint name is a module path.
+
+    All methods take numpy or MLX arrays named as in transformers' forward: input_ids int [B, T]; attention_mask
+    [B, T], 1 on tokens; pixel_values float [N, P, 3·patch²] in [0, 1] with image_position_ids int [N, P, 2], −1 on
+    padding; input_features float [M, F, 128] with input_features_mask bool [M, F]. Media of all rows come in reading
+    order. mm_token_type_ids is accepted and not needed: E2B and E4B attend causally to everything.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.model = Gemma4Model(spec)
+
+    def encode(
+        self,
+        pixel_values: Array | None = None,
+        image_position_ids: Array | None = None,
+        input_features: Array | None = None,
+        input_features_mask: Array | None = None,
+    ) -> dict[str, mx.array]:
+        """Soft tokens in the decoder's embedding space, flat over all media, padding dropped.
+
+        Returns:
+            `image_soft_tokens` [n, H] and `audio_soft_tokens` [m, H], those whose media were given; `hidden` and
+            `__call__` take them in place of the media.
+
+        Raises:
+            InputError: media for which the checkpoint has no tower, or without their positions or mask.
+        """
+        out = {}
+        if pixel_values is not None:
+            if self.spec.vision is None:
+                raise InputError("pixel_values given, but the checkpoint has no vision tower")
+            if image_position_ids is None:
+                raise InputError("pixel_values need image_position_ids")
+            soft = self.model.vision_tower(pixel_values, image_position_ids)
+            out["image_soft_tokens"] = self.model.embed_vision(soft)
+        if input_features is not None:
+            if self.spec.audio is None:
+                raise InputError("input_features given, but the checkpoint has no audio tower")
+            if input_features_mask is None:
+                raise InputError("input_features need input_features_mask")
+            soft = self.model.audio_tower(input_features, input_features_mask)
+            out["audio_soft_tokens"] = self.model.embed_audio(soft)
+        return out
+
+    def _check_slots(self, input_ids: np.ndarray | None, soft: dict[int, tuple[str, mx.array | None]]) -> None:
+        """Raise unless there are as many slots of each kind as soft tokens. Skipped while ids are being traced."""
+        if input_ids is None:
+            return
+        for token_id, (name, tokens) in soft.items():
+            slots, found = int((input_ids == token_id).sum()), 0 if tokens is None else tokens.shape[0]
+            if slots != found:
+                raise InputError(
+                    f"input_ids have {slots} {name} slots (id {token_id}), but the media give {found} soft tokens"
+                )
+
+    def embed(
+        self, input_ids: Array, image_soft_tokens: mx.array | None = None, audio_soft_tokens: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """(embeddings [B, T, H] with the soft tokens spliced in, per-layer inputs [B, T, layers, width] or None).
+
+        Raises:
+            InputError: the number of slots differs from the number of soft tokens.
+        """
+        spec, text = self.spec, self.model.language_model
+        soft = {
+            spec.image_token_id: ("image", image_soft_tokens),
+            spec.audio_token_id: ("audio", audio_soft_tokens),
+            spec.video_token_id: ("video", None),
+        }
+        self._check_slots(_host(input_ids), soft)
+        ids = mx.array(input_ids)
+        slots = {token_id: ids == token_id for token_id in soft}
+        is_slot = slots[spec.image_token_id] | slots[spec.audio_token_id] | slots[spec.video_token_id]
+        ids = mx.where(is_slot, mx.array(spec.text.pad_token_id, ids.dtype), ids)
+        embeddings = text.embed(ids)
+        for token_id, (_, tokens) in soft.items():
+            if tokens is not None and tokens.shape[0]:
+                embeddings = splice(embeddings, slots[token_id], tokens)
+        return embeddings, text.per_layer_inputs(ids, embeddings)
+
+    def hidden(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        mm_token_type_ids: Array | None = None,
+        image_soft_tokens: mx.array | None = None,
+        audio_soft_tokens: mx.array | None = None,
+        cache: Cache | None = None,
+        **media: Array,
+    ) -> mx.array:
+        """Hidden states [B, T, H] after the final norm.
+
+        Right padding needs no attention_mask without a cache: causality hides it from every token. What comes out at
+        padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
+        padding among the new ones ([B, T], or [B, seen + T] of which the end is used), and padded keys stay hidden.
+
+        Raises:
+            InputError: the number of slots differs from the number of soft tokens, or media without a tower.
+        """
+        encoded = self.encode(**media)
+        embeddings, per_layer = self.embed(
+            input_ids,
+            encoded.get("image_soft_tokens", image_soft_tokens),
+            encoded.get("audio_soft_tokens", audio_soft_tokens),
+        )
+        valid = self._valid(attention_mask, input_ids.shape, cache)
+        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
+        return self.model.language_model(embeddings, per_layer, where, cache)
+
+    def _valid(self, attention_mask: Array | None, shape: tuple[int, int], cache: Cache | None) -> mx.array | None:
+        """bool [B, seen + T] of keys that may be seen, or None where causality hides all padding by itself."""
+        mask = _host(attention_mask)
+        if cache is not None:
+            valid = cache.extend_valid(mask, *shape)
+            return None if valid is None else mx.array(valid)
+        if attention_mask is None or (mask is not None and _is_right_padded(mask)):
+            return None
+        return mx.array(attention_mask).astype(mx.bool_)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states [..., H] -> float32 logits [..., V], softly capped."""
+        return self.model.language_model.logits(hidden)
+
+    def make_cache(self) -> Cache:
+        """An empty cache for generation; pass it to every call of one conversation batch."""
+        return Cache(self.spec.text)
+
+    def __call__(self, input_ids: Array, cache: Cache | None = None, **inputs: Array) -> mx.array:
+        """Logits float32 [B, T, V]; arguments as for `hidden`."""
+        return self.logits(self.hidden(input_ids, cache=cache, **inputs))

@@ -1,0 +1,54 @@
+"""Checkpoint tensor names and layouts, and those of this library's modules.
+
+Module paths are transformers' names. Other spellings of the same checkpoint (MLX conversions without the leading
+``model.`` and with channels-last convolutions) are translated here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gemma_mlx.spec import ModelSpec
+
+_CONVOLUTION = re.compile(r"\.(conv|depthwise_conv1d)\.weight$")
+_SHARED_KV = re.compile(r"^model\.language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+_TIED_HEADS = frozenset({"lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight"})
+_PARTS = ("language_model.", "vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
+
+
+def module_path(name: str) -> str:
+    """The module path of a checkpoint's tensor name: transformers' name, or unchanged where nothing is known of it."""
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    return f"model.{name}" if name.startswith(_PARTS) else name
+
+
+def may_be_dropped(name: str, spec: ModelSpec) -> bool:
+    """Whether a checkpoint may hold this tensor (a module path) although the model has no use for it.
+
+    That is the key and value side of layers that share another layer's, which the published files hold and nothing
+    reads, and the head, which is the embedding again.
+    """
+    if name in _TIED_HEADS:
+        return True
+    found = _SHARED_KV.match(name)
+    return bool(found) and spec.text.first_kv_shared_layer <= int(found[1]) < spec.text.num_hidden_layers
+
+
+def to_mlx_axes(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Axes that bring a checkpoint tensor to the module's layout; None where it stays as it is.
+
+    Convolutions are [out, in, *kernel] in torch's layout and [out, *kernel, in] in MLX's. The shape tells which one a
+    file has; where both fit, torch's is taken.
+    """
+    if not _CONVOLUTION.search(name) or len(shape) != len(wanted) or len(shape) < 3:
+        return None
+    axes = (0, *range(2, len(shape)), 1)
+    return axes if tuple(shape[a] for a in axes) == wanted else None
+
+
+def to_torch_axes(name: str, rank: int) -> tuple[int, ...] | None:
+    """Axes that bring a module's tensor to torch's layout; None where the two agree."""
+    if not _CONVOLUTION.search(name) or rank < 3:
+        return None
+    return (0, rank - 1, *range(1, rank - 1))
