@@ -53,9 +53,12 @@ class FullCache:
         if total <= held:
             return
         batch, heads, _, dims = keys.shape
-        more = mx.zeros((batch, heads, -(-(total - held) // GROWTH) * GROWTH, dims), keys.dtype)
-        self.keys = more if self.keys is None else mx.concatenate([self.keys, more], axis=2)
-        self.values = more if self.values is None else mx.concatenate([self.values, more], axis=2)
+        shape = (batch, heads, -(-(total - held) // GROWTH) * GROWTH, dims)
+        # Two arrays: assigning into a slice changes the Python object, and one object would serve as both.
+        more = [mx.zeros(shape, keys.dtype), mx.zeros(shape, keys.dtype)]
+        if self.keys is not None:
+            more = [mx.concatenate([old, new], axis=2) for old, new in zip((self.keys, self.values), more, strict=True)]
+        self.keys, self.values = more
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, heads, T, d] and return all tokens so far."""
