@@ -60,8 +60,8 @@ class TrainConfig:
     media_root: list[str] = option(  # noqa: RUF009
         None, "list", "data", "Folder where media may lie besides the CSV's own folder; repeatable."
     )
-    column: dict[str, str] = option(  # noqa: RUF009
-        None, "mapping", "data", "NAME=COLUMN: read NAME (text, audio_path, ...) from another column; repeatable."
+    columns: dict[str, str] = option(  # noqa: RUF009
+        None, "mapping", "data", "Read NAME (text, audio_path, ...) from COLUMN; repeatable; 'NAME=' leaves it unread."
     )
     audio_prompt: str | None = option(None, "text", "data", "Instruction beside a clip; default: a transcription one.")
     image_prompt: str | None = option(None, "text", "data", "Instruction beside a picture that has no question.")
@@ -79,10 +79,13 @@ class TrainConfig:
     )  # fmt: skip
     train_on: str = option("all", "text", "data", "Model turns that count in the loss.", choices=("all", "last"))
 
-    dtype: str = option(
-        "auto", "text", "model", "Dtype of the base: auto is bfloat16 on a GPU and float32 on a CPU.",
-        choices=("auto", "bfloat16", "float32"),
-    )  # fmt: skip
+    dtype: str | None = option(
+        None,
+        "text",
+        "model",
+        "Dtype of the base; default: the checkpoint's own on a GPU, float32 on a CPU (its bfloat16 is slow).",
+        choices=("bfloat16", "float32"),
+    )
     audio_window: int = option(
         12, "int", "model", "Keys an audio frame attends to: 12 as in transformers, 13 as in Google's release.",
         choices=(12, 13),
@@ -287,9 +290,9 @@ def _list(value: Any) -> list[str]:
 
 def _mapping(value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
-        return {_text(k): _text(v) for k, v in value.items()}
+        return {_text(k): "" if v in ("", None) else _text(v) for k, v in value.items()}
     pairs = [part.partition("=") for part in _list(value)]
-    if any(not name or not column for name, _, column in pairs):
+    if any(not name.strip() or not equals for name, equals, _ in pairs):
         raise ValueError
     return {name.strip(): column.strip() for name, _, column in pairs}
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.files import write_whole
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -241,21 +241,6 @@ def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: s
         layer.lora_b = weights[f"{path}.lora_b"].astype(mx.float32)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old bytes or the new ones, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
     """The bytes of a safetensors file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -288,8 +273,8 @@ def save_adapter(
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(lora_parameters(model)))
-    _write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(lora_parameters(model)))
+    write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 

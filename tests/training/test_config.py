@@ -52,14 +52,14 @@ def test_flags_are_the_fields_and_nothing_else():
 def test_a_flag_wins_over_the_file(tmp_path):
     from gemma_mlx.train import parse
 
-    (tmp_path / "c.yaml").write_text("rank: 4\nlr: 1e-3\ntargets: [q_proj, v_proj]\ncolumn: {text: sentence}\n")
+    (tmp_path / "c.yaml").write_text("rank: 4\nlr: 1e-3\ntargets: [q_proj, v_proj]\ncolumns: {text: sentence}\n")
     config = configure(*parse(["--rank", "8", "--config", str(tmp_path / "c.yaml")]))
     assert (config.rank, config.lr, config.targets) == (8, 1e-3, "q_proj,v_proj")
-    assert config.column == {"text": "sentence"}
+    assert config.columns == {"text": "sentence"}
 
 
 def test_yaml_round_trip(tmp_path):
-    config = TrainConfig(model="m", data="d.csv", targets="all", lr=3.3e-5, column={"text": "t"}, media_root=["/a b"])
+    config = TrainConfig(model="m", data="d.csv", targets="all", lr=3.3e-5, columns={"text": "t"}, media_root=["/a b"])
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert configure(read_yaml(tmp_path / "c.yaml")) == config
     assert set(yaml.safe_load(config.to_yaml())) == set(FIELDS) - {"resume"}
@@ -80,7 +80,7 @@ def test_yaml_round_trip(tmp_path):
         ({"schedule": "cosin"}, ["schedule", "cosine or linear or constant", "cosin"]),
         ({"image_tokens": 100}, ["image_tokens", "70 or 140"]),
         ({"dropout": 1.0}, ["dropout", "0.99"]),
-        ({"column": "text"}, ["column", "NAME=COLUMN"]),
+        ({"columns": "text"}, ["columns", "NAME=COLUMN"]),
         ({"resume": "yes"}, ["resume", "true or false"]),
         ({"steps": [3]}, ["steps", "[3]"]),
         ({"batch_size": None}, ["batch_size", "nothing"]),

@@ -1,0 +1,58 @@
+"""Fitting MLX to the machine, and keeping a Mac awake."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import getpid
+
+import mlx.core as mx
+
+CACHE_SHARE = 0.25
+"""Part of the working set that freed buffers may occupy before MLX gives them back."""
+
+
+def set_limits() -> dict[str, int]:
+    """Wire memory up to what Metal recommends and bound MLX's cache of freed buffers; returns the limits in bytes.
+
+    On a GPU only: a CPU device reports no memory size, and its allocator needs no limit.
+    """
+    if mx.default_device().type != mx.gpu:
+        return {}
+    info = mx.device_info()
+    working_set = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+    if not working_set:
+        return {}
+    limits = {"cache": int(working_set * CACHE_SHARE)}
+    mx.set_cache_limit(limits["cache"])
+    if mx.metal.is_available():
+        limits["wired"] = working_set
+        mx.set_wired_limit(working_set)
+    return limits
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Keep a Mac from idle sleep for the length of the block; elsewhere nothing.
+
+    ``caffeinate`` watches this process, so it ends even if the process is killed.
+    """
+    if sys.platform != "darwin" or not (tool := shutil.which("caffeinate")):
+        yield
+        return
+    process = subprocess.Popen([tool, "-i", "-w", str(getpid())])
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def describe() -> str:
+    """The device in a few words, for reports."""
+    info = mx.device_info()
+    name = info.get("device_name") or info.get("architecture") or "unknown"
+    return f"{mx.default_device().type.name}: {name}, MLX {mx.__version__}"
