@@ -1,0 +1,185 @@
+"""Everything between an example and a sample: tokenizer, template, media, token counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.data.examples import Audio, Example, Image, Text
+from gemma_mlx.data.features import Patches, image_patches, log_mel
+from gemma_mlx.data.media import LONG_AUDIO, audio_samples, image_dimensions, load_audio, load_image
+from gemma_mlx.data.template import (
+    AUDIO,
+    DEFAULT_TEMPLATE,
+    IMAGE,
+    TEXT,
+    TRAIN_ON,
+    ChatTemplate,
+    Sample,
+    check_texts,
+    encode,
+    expand,
+    render_conversation,
+    render_prompt,
+)
+from gemma_mlx.data.tokenizer import Tokenizer, read_json
+from gemma_mlx.errors import InputError
+from gemma_mlx.spec import ModelSpec, audio_soft_tokens, image_soft_tokens, read_spec
+
+
+class Processor:
+    """Makes samples of examples with a checkpoint's own tokenizer and chat template.
+
+    A folder without a tokenizer will do until text is first needed. Reading a sample decodes its media; the processor
+    may be used from several threads.
+
+    Args:
+        folder: the checkpoint's folder.
+        spec: its spec; read from the folder if None.
+        image_tokens: the most soft tokens a picture may take; None for the checkpoint's own setting.
+        long_audio: "error" or "truncate", for clips over 30 s.
+        train_on: "all" model turns of a conversation or the "last" one.
+        chat_template: a template to use instead of the checkpoint's.
+
+    Raises:
+        InputError: an option that does not exist, or an unreadable config.json.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: ModelSpec | None = None,
+        *,
+        image_tokens: int | None = None,
+        long_audio: str = "error",
+        train_on: str = "all",
+        chat_template: str | None = None,
+    ):
+        self.folder = Path(folder)
+        self.spec = spec if spec is not None else read_spec(self.folder)
+        for name, value, known in (("long_audio", long_audio, LONG_AUDIO), ("train_on", train_on, TRAIN_ON)):
+            if value not in known:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if image_tokens is not None and image_tokens < 1:
+            raise InputError(f"image_tokens is {image_tokens}; expected at least 1 (the reference has 70 to 1120)")
+        self.long_audio, self.train_on = long_audio, train_on
+        self.tokenizer = Tokenizer(self.folder, self.spec)
+        self._image_tokens, self._chat_template = image_tokens, chat_template
+
+    @property
+    def pad_id(self) -> int:
+        """The id in padding positions."""
+        return self.spec.text.pad_token_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end generation."""
+        return self.tokenizer.eos_ids
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """The most soft tokens a picture may take: asked for, else the processor's config, else the model's."""
+        if self._image_tokens is not None:
+            return self._image_tokens
+        nested = read_json(self.folder / "processor_config.json").get("image_processor") or {}
+        flat = read_json(self.folder / "preprocessor_config.json")
+        vision = self.spec.vision
+        own = nested.get("max_soft_tokens") or flat.get("max_soft_tokens")
+        return int(own) if own else vision.default_output_length if vision else 280
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template in use: asked for, else the checkpoint's, else Gemma 4's format."""
+        source = self._chat_template or self.tokenizer.chat_template or DEFAULT_TEMPLATE
+        return ChatTemplate(source, self.tokenizer.special_tokens)
+
+    def sample(self, example: Example, with_features: bool = True) -> Sample:
+        """The example with its labels.
+
+        Args:
+            example: a conversation that ends with a model turn, or a completion.
+            with_features: false to leave `images` and `clips` empty; slots are counted from the files' headers.
+
+        Raises:
+            InputError: naming the example's place: empty text, unreadable media, media without a tower for them.
+        """
+        if example.completion:
+            return self._completion(example)
+        check_texts(example, self.tokenizer)
+        ids, labels = encode(render_conversation(example, self.template, self.train_on), self.tokenizer)
+        return self._with_media(example, ids, labels, with_features)
+
+    def prompt(self, example: Example, with_features: bool = True) -> Sample:
+        """The example up to where the model is to go on: its last model turn is left out. No position carries loss."""
+        if example.completion:
+            start = np.array([self.spec.text.bos_token_id], np.int32)
+            return self._text_sample(example, start, np.full(1, IGNORE_INDEX, np.int32))
+        check_texts(example, self.tokenizer)
+        ids, labels = encode(render_prompt(example, self.template), self.tokenizer)
+        return self._with_media(example, ids, labels, with_features)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of generated ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def _completion(self, example: Example) -> Sample:
+        """``<bos>`` text ``<eos>``; either is left out where the text has its own. All but ``<bos>`` carries loss."""
+        text = "".join(part.text for turn in example.turns for part in turn.parts if isinstance(part, Text))
+        if not text.strip():
+            raise InputError(f"{example.where}: empty text: nothing to learn; fill the cell or remove the row")
+        ids = self.tokenizer.encode(text)
+        bos, eos, spec = self.spec.text.bos_token_id, self.tokenizer.eos_id, self.spec
+        if {spec.image_token_id, spec.audio_token_id, spec.video_token_id} & set(ids):
+            raise InputError(f"{example.where}: the text contains a media placeholder, but no medium; remove it")
+        ids = [*([] if ids[0] == bos else [bos]), *ids, *([] if ids[-1] == eos else [eos])]
+        input_ids = np.array(ids, np.int32)
+        labels = input_ids.copy()
+        labels[0] = IGNORE_INDEX
+        return self._text_sample(example, input_ids, labels)
+
+    def _text_sample(self, example: Example, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
+        types = np.full_like(input_ids, TEXT)
+        return Sample(input_ids, labels, types, where=example.where, row_id=example.row_id)
+
+    def _with_media(self, example: Example, ids: list[int], labels: list[int], with_features: bool) -> Sample:
+        images: list[Patches] = []
+        clips: list[np.ndarray] = []
+        slots: list[tuple[int, int]] = []
+        for part in example.media():
+            self._need_tower(part, example)
+            if isinstance(part, Image) and with_features:
+                images.append(self._patches(part, example.where))
+                slots.append((IMAGE, images[-1].soft_tokens))
+            elif isinstance(part, Image):
+                slots.append((IMAGE, image_soft_tokens(*image_dimensions(part.path, example.where), *self._budget())))
+            elif with_features:
+                clips.append(log_mel(load_audio(part.path, example.where, self.long_audio)))
+                slots.append((AUDIO, -(-len(clips[-1]) // 4)))
+            else:
+                count = audio_samples(part.path, example.where, self.long_audio)
+                slots.append((AUDIO, audio_soft_tokens(count)))
+        input_ids, label_ids, types = expand(ids, labels, slots, self.tokenizer, example.where)
+        return Sample(input_ids, label_ids, types, tuple(images), tuple(clips), example.where, example.row_id)
+
+    def _patches(self, part: Image, where: str) -> Patches:
+        image = load_image(part.path, where)
+        try:
+            return image_patches(image, *self._budget())
+        except InputError as e:
+            raise InputError(f"{where}: {part.path}: {e}") from None
+
+    def _budget(self) -> Sequence[int]:
+        vision = self.spec.vision
+        return self.image_tokens, vision.patch_size, vision.pooling_kernel_size
+
+    def _need_tower(self, part: Image | Audio, example: Example) -> None:
+        kind, tower = ("vision", self.spec.vision) if isinstance(part, Image) else ("audio", self.spec.audio)
+        if tower is None:
+            raise InputError(
+                f"{example.where}: {part.path}: this checkpoint has no {kind} tower ({kind}_config in config.json); "
+                "leave the column out or use another checkpoint"
+            )

@@ -1,0 +1,295 @@
+"""Example -> token ids and labels, through the checkpoint's own chat template.
+
+What carries loss: what a model turn says, through ``<turn|>`` inclusive. The line break after it does not, nor do
+prompts, media and padding. A model turn counts only if what stands before it is what generation would be given there
+(the template's generation prompt): templates whose generation prompt goes beyond the header written into history (the
+empty thought of the larger Gemma 4 models) get loss on the last turn alone, behind the generation prompt. Everywhere
+else the ids are those of transformers' ``Gemma4Processor`` for the whole conversation, final line break included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
+from gemma_mlx.data.features import Patches
+from gemma_mlx.data.tokenizer import Tokenizer
+from gemma_mlx.errors import InputError
+
+DEFAULT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}
+    {%- if message.content is string -%}
+        {{- message.content | trim -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {{- '<|image|>' if part.type == 'image' else '<|audio|>' if part.type == 'audio' else part.text | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|turn>model\\n' -}}
+{%- endif -%}
+"""
+"""Gemma 4's conversation format, for checkpoints that come without a template (the base models)."""
+
+TRAIN_ON = ("all", "last")
+"""Which model turns of a conversation carry loss."""
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
+"""Values of ``mm_token_type_ids``."""
+_STAND_IN = "\ue000the answer\ue001"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row as the model reads it, before batching.
+
+    Attributes:
+        input_ids: int32 [T], media slots expanded.
+        labels: int32 [T], not shifted; `IGNORE_INDEX` where there is no loss.
+        token_types: int32 [T]; 1 on image slots, 3 on audio slots, else 0.
+        images: patches of each picture in reading order.
+        clips: float32 [frames, 128] of each clip in reading order.
+        where: "train.csv:8", for messages.
+        row_id: the row's name in reports.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    token_types: np.ndarray
+    images: tuple[Patches, ...] = ()
+    clips: tuple[np.ndarray, ...] = ()
+    where: str = ""
+    row_id: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the arrays."""
+        return (
+            3 * self.input_ids.nbytes + sum(image.nbytes for image in self.images) + sum(c.nbytes for c in self.clips)
+        )
+
+    @property
+    def label_count(self) -> int:
+        """Positions whose next token counts in the loss."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+class ChatTemplate:
+    """A Jinja chat template in a sandbox, with the names that transformers gives to templates."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]):
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self._error = jinja2.TemplateError
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
+        )
+        env.filters["tojson"] = _to_json
+        env.globals["raise_exception"] = self._raise
+        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = env.from_string(source)
+        except jinja2.TemplateError as e:
+            raise InputError(f"chat template: not valid Jinja ({e}); use the checkpoint's own file") from None
+        self._special_tokens = special_tokens
+
+    def _raise(self, message: str) -> None:
+        raise self._error(message)
+
+    def render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> str:
+        """The conversation as text, with one placeholder for each medium.
+
+        Raises:
+            InputError: the template refuses the conversation.
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (self._error, TypeError, KeyError) as e:
+            raise InputError(f"{where}: the chat template refuses this conversation ({e}); change the row") from None
+
+
+def _generation_tag() -> type:
+    """The ``{% generation %}`` block that some templates put around answers: rendered as if it were not there."""
+    from jinja2 import ext, nodes
+
+    class Generation(ext.Extension):
+        tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return Generation
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """JSON without Jinja's HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as a chat template takes them: plain text as a string, anything else as a list of parts."""
+    messages = []
+    for turn in turns:
+        role = "assistant" if turn.role == "model" else turn.role
+        content: str | list[dict[str, str]]
+        if len(turn.parts) == 1 and isinstance(turn.parts[0], Text):
+            content = turn.parts[0].text
+        else:
+            content = [_part(part) for part in turn.parts]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _part(part: Text | Image | Audio) -> dict[str, str]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "image" if isinstance(part, Image) else "audio"}
+
+
+def check_texts(example: Example, tokenizer: Tokenizer) -> None:
+    """Refuses control tokens inside what somebody says: they would end turns or stand for media that are not there."""
+    for turn in example.turns:
+        for part in turn.parts:
+            for token in tokenizer.control_tokens if isinstance(part, Text) else ():
+                if token in part.text:
+                    raise InputError(f"{example.where}: the text contains the control token {token}; remove it")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and the spans [start, end) of characters that carry loss."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def render_prompt(example: Example, template: ChatTemplate) -> Rendered:
+    """Everything up to where the last model turn begins to speak."""
+    turns = example.turns[:-1] if example.turns and example.turns[-1].role == "model" else example.turns
+    return Rendered(template.render(messages_of(turns), example.where, add_generation_prompt=True), ())
+
+
+def render_conversation(example: Example, template: ChatTemplate, train_on: str = "all") -> Rendered:
+    """The whole conversation, with the spans of the model turns that are trained on.
+
+    Each turn's surroundings are found by rendering a stand-in for its answer, so that any template will do.
+
+    Raises:
+        InputError: no model turn at the end, an empty one, or a template that rewrites answers or history.
+    """
+    where, turns = example.where, example.turns
+    if not turns or turns[-1].role != "model":
+        raise InputError(f"{where}: the conversation does not end with a model turn; give it an answer to learn")
+    messages = messages_of(turns)
+    text, spans = template.render(messages, where), []
+    last = len(turns) - 1
+    for k in range(len(turns)):
+        if turns[k].role != "model" or (train_on == "last" and k != last):
+            continue
+        answer = "".join(part.text.strip() for part in turns[k].parts if isinstance(part, Text))
+        if not answer:
+            raise InputError(f"{where}: empty text: a model turn says nothing; fill it or remove the row")
+        stand_in = [*messages[:k], {"role": "assistant", "content": _STAND_IN}]
+        before, _, after = template.render(stand_in, where).partition(_STAND_IN)
+        if not text.startswith(before + answer + after):
+            raise InputError(
+                f"{where}: the chat template alters the answer (it may strip thoughts, <|channel>…<channel|>), "
+                "or what was said before; remove that part of the text"
+            )
+        prompt = template.render(messages[:k], where, add_generation_prompt=True)
+        if prompt == before or k == last:
+            if k == last:
+                text = prompt + text[len(before) :]
+            spans.append((len(prompt), len(prompt) + len(answer + after.rstrip())))
+    return Rendered(text, tuple(spans))
+
+
+def encode(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a rendered conversation, with one placeholder id for each medium.
+
+    A span starts behind exactly the ids that its prompt has when it stands alone. Where a token of the whole text would
+    reach over that border, the pieces are encoded one by one.
+    """
+    ids = tokenizer.encode(rendered.text)
+    cuts = [cut for span in rendered.spans for cut in span]
+    heads = [tokenizer.encode(rendered.text[:cut]) for cut in cuts]
+    ends = [len(head) for head in heads]
+    if any(ids[: len(head)] != head for head in heads):
+        edges = [0, *cuts, len(rendered.text)]
+        pieces = [tokenizer.encode(rendered.text[a:b]) for a, b in pairwise(edges)]
+        ids = [i for piece in pieces for i in piece]
+        ends = np.cumsum([len(piece) for piece in pieces[:-1]]).tolist()
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in zip(ends[::2], ends[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def expand(
+    ids: list[int], labels: list[int], media: Sequence[tuple[int, int]], tokenizer: Tokenizer, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gives every placeholder its opening marker, its slots and its closing marker.
+
+    Args:
+        ids: with one placeholder for each medium.
+        labels: of the same length.
+        media: (token type, slots) of each medium in reading order.
+        tokenizer: knows the ids.
+        where: for messages.
+
+    Returns:
+        input_ids, labels, token types: int32 [T] each.
+
+    Raises:
+        InputError: the placeholders are not those of the media.
+    """
+    s = tokenizer.spec
+    marks = {
+        s.image_token_id: (IMAGE, s.boi_token_id, s.eoi_token_id),
+        s.audio_token_id: (AUDIO, s.boa_token_id, s.eoa_token_id),
+    }
+    places = [i for i, token in enumerate(ids) if token in marks]
+    found, wanted = [marks[ids[i]][0] for i in places], [kind for kind, _ in media]
+    if found != wanted:
+        raise InputError(
+            f"{where}: {wanted.count(IMAGE)} images and {wanted.count(AUDIO)} clips, but the rendered conversation has "
+            f"{found.count(IMAGE)} and {found.count(AUDIO)} placeholders (in this order: {found}, expected {wanted}); "
+            "the chat template or the tokenizer does not fit this checkpoint"
+        )
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    types: list[int] = []
+    done = 0
+    for place, (kind, slots) in zip(places, media, strict=True):
+        _, opening, closing = marks[ids[place]]
+        out_ids += [*ids[done:place], opening, *[ids[place]] * slots, closing]
+        out_labels += [*labels[done:place], *[IGNORE_INDEX] * (slots + 2)]
+        types += [*[TEXT] * (place - done + 1), *[kind] * slots, TEXT]
+        done = place + 1
+    out_ids += ids[done:]
+    out_labels += labels[done:]
+    types += [TEXT] * (len(ids) - done)
+    return np.array(out_ids, np.int32), np.array(out_labels, np.int32), np.array(types, np.int32)

@@ -1,0 +1,145 @@
+"""The checkpoint's own tokenizer and chat template files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gemma_mlx.errors import InputError
+from gemma_mlx.spec import ModelSpec
+
+TURN_OPEN, TURN_CLOSE = "<|turn>", "<turn|>"
+_TOOL_RESPONSE = "<|tool_response>"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e}); download the checkpoint again") from None
+    return found if isinstance(found, dict) else {}
+
+
+class Tokenizer:
+    """Text <-> ids through ``tokenizer.json``, read when first needed.
+
+    Args:
+        folder: the checkpoint's folder.
+        spec: its spec, for the ids of media and control tokens.
+
+    Raises (when first used):
+        InputError: no tokenizer.json, an unreadable one, or one that does not fit the spec.
+    """
+
+    def __init__(self, folder: str | Path, spec: ModelSpec):
+        self.folder, self.spec = Path(folder), spec
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer as Loader
+
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{path}: not found; text needs the checkpoint's tokenizer.json, put it into the folder")
+        try:
+            loaded = Loader.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise InputError(f"{path}: not a readable tokenizer ({e}); download it again") from None
+        size = loaded.get_vocab_size(with_added_tokens=True)
+        if size > self.spec.text.vocab_size:
+            raise InputError(
+                f"{path}: {size} tokens, the model has {self.spec.text.vocab_size}; use the files of one checkpoint"
+            )
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands: nothing is added before or after; special tokens written in it are recognised."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, without the tokens that structure a conversation unless asked for."""
+        kept = [int(i) for i in ids]
+        if skip_special_tokens:
+            kept = [i for i in kept if i not in self._control_ids]
+        return self._tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a whole token, None where the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(token)
+
+    def text_of(self, token_id: int) -> str | None:
+        """The text of a token, None where the vocabulary lacks it."""
+        return self._tokenizer.id_to_token(token_id)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token`` and the like -> text, as a chat template sees them."""
+        found = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            for key, value in read_json(self.folder / name).items():
+                text = value.get("content") if isinstance(value, dict) else value
+                if key.endswith("_token") and isinstance(text, str):
+                    found[key] = text
+        text = self.spec.text
+        for key, token_id in (("bos_token", text.bos_token_id), ("eos_token", self.eos_id)):
+            found.setdefault(key, self.text_of(token_id) or "")
+        return found
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+        eos = self.spec.text.eos_token_id
+        return eos if isinstance(eos, int) else eos[0]
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that structure a conversation and may not stand inside what somebody says."""
+        s = self.spec
+        ids = (
+            *(s.text.pad_token_id, s.text.bos_token_id, self.eos_id),
+            *(s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id),
+            *(s.boa_token_id, s.audio_token_id, s.eoa_token_id),
+        )
+        found = [self.text_of(i) for i in ids]
+        found += [token for token in (TURN_OPEN, TURN_CLOSE) if self.id_of(token) is not None]
+        return tuple(token for token in found if token)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.token_to_id(token) for token in self.control_tokens)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end generation: generation_config.json's, else end of text, end of turn and a call for a tool."""
+        found = read_json(self.folder / "generation_config.json").get("eos_token_id")
+        if isinstance(found, int):
+            return (found,)
+        if isinstance(found, Sequence) and found:
+            return tuple(int(i) for i in found)
+        known = [self.eos_id, self.id_of(TURN_CLOSE), self.id_of(_TOOL_RESPONSE)]
+        return tuple(i for i in known if i is not None)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The checkpoint's template: chat_template.jinja, chat_template.json, or tokenizer_config.json's."""
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as e:
+                raise InputError(f"{path}: not readable as UTF-8 text ({e}); download it again") from None
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            found = read_json(self.folder / name).get("chat_template")
+            if isinstance(found, list):  # several by name
+                found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+            if isinstance(found, str):
+                return found
+        return None
