@@ -85,12 +85,14 @@ class Example:
         where: "train.csv:8", for messages.
         row_id: the row's name in reports.
         completion: the text stands alone, outside any chat template.
+        task: "transcript" where the model is to write down what a clip says, else "answer": how it is scored.
     """
 
     turns: tuple[Turn, ...]
     where: str = ""
     row_id: str = ""
     completion: bool = False
+    task: str = "answer"
 
     def media(self) -> list[Image | Audio]:
         """Pictures and clips in reading order."""
@@ -208,7 +210,7 @@ class RowReader:
         found = f"found {', '.join(self.columns)}"
         for name, column in self.mapping.items():
             if name not in STANDARD:
-                raise InputError(f"--columns {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
+                raise InputError(f"--column {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
             if column and column not in self.columns:
                 raise InputError(f"{self.table}:1: missing column {column!r} (mapped to {name!r}); {found}")
         self._source = {name: self.mapping.get(name, name) for name in STANDARD}
@@ -217,13 +219,13 @@ class RowReader:
             name = _MISNAMED.get(column.lower(), "")
             if name and name not in self._source and name not in self.mapping and column not in self._source.values():
                 raise InputError(
-                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --columns "
-                    f"{name}={column} (--columns {name}= leaves it unread)"
+                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --column "
+                    f"{name}={column} (--column {name}= leaves it unread)"
                 )
         if self.need_answer and not any(name in self._source for name in ANSWERS):
             raise InputError(
                 f"{self.table}:1: missing column: none of {', '.join(ANSWERS)}; {found}. Name the column that the "
-                f"model is to learn, or map it: --columns text={self.columns[-1]}"
+                f"model is to learn, or map it: --column text={self.columns[-1]}"
             )
 
     def example(self, row: Row) -> Example:
@@ -260,7 +262,8 @@ class RowReader:
             turns.insert(0, Turn("system", (Text(given["system"]),)))
         if target is not None:
             turns.append(Turn("model", (Text(given[target]),)))
-        return Example(tuple(turns), row.where, row_id)
+        task = "transcript" if target == "text" and "audio_path" in media else "answer"
+        return Example(tuple(turns), row.where, row_id, task=task)
 
     def _find(self, name: str, given: dict[str, str], row: Row) -> Path:
         return self.folders.find(given[name].strip(), self._source[name], row.where)

@@ -13,6 +13,8 @@ from gemma_mlx.spec import MAX_AUDIO_SAMPLES, audio_frames, image_size
 MEL_BINS = 128
 _FRAME, _HOP, _FFT = 320, 160, 512
 _FLOOR = 1e-3
+SILENCE = np.float32(np.log(_FLOOR))
+"""What every band of a silent frame holds."""
 
 
 @cache
