@@ -105,20 +105,28 @@ class Example:
         return "".join(part.text for part in turn.parts if isinstance(part, Text)) if turn else ""
 
 
+TRANSCRIBE = "Transcribe the following speech segment in its original language. Write only the transcription, without line breaks."
+TRANSCRIBE_IN = (
+    "Transcribe the following speech segment in {language} into {language} text. Write only the transcription, without "
+    "line breaks."
+)
+DESCRIBE = "Describe this image."
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """What the user says in rows without a prompt of their own."""
+    """What is said in rows that do not say it themselves; None for the defaults.
 
-    transcribe: str = (
-        "Transcribe the following speech segment in its original language. "
-        "Write only the transcription, without line breaks."
-    )
-    transcribe_in: str = (
-        "Transcribe the following speech segment in {language} into {language} text. "
-        "Write only the transcription, without line breaks."
-    )
-    """With ``{language}`` from the row."""
-    describe: str = "Describe this image."
+    Attributes:
+        audio: beside a clip; ``{language}`` stands for the row's language. Default: `TRANSCRIBE`, or `TRANSCRIBE_IN` if
+            the row names a language.
+        image: beside a picture that comes without a clip. Default: `DESCRIBE`.
+        system: a system turn before every conversation. Default: none.
+    """
+
+    audio: str | None = None
+    image: str | None = None
+    system: str | None = None
 
 
 class Folders:
@@ -258,8 +266,8 @@ class RowReader:
         if "audio_path" in media:
             parts.append(Audio(self._find("audio_path", given, row)))
         turns = [Turn("user", tuple(parts))]
-        if "system" in given:
-            turns.insert(0, Turn("system", (Text(given["system"]),)))
+        if system := given.get("system", self.prompts.system):
+            turns.insert(0, Turn("system", (Text(system),)))
         if target is not None:
             turns.append(Turn("model", (Text(given[target]),)))
         task = "transcript" if target == "text" and "audio_path" in media else "answer"
@@ -279,7 +287,9 @@ class RowReader:
                 f"{row.where}: empty text: {what}; fill a column {columns}, or give a file in a media column"
             )
         if "audio_path" not in media:
-            return self.prompts.describe
-        if language := given.get("language", "").strip():
-            return self.prompts.transcribe_in.replace("{language}", language)
-        return self.prompts.transcribe
+            return self.prompts.image or DESCRIBE
+        language = given.get("language", "").strip()
+        prompt = self.prompts.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
+        if "{language}" in prompt and not language:
+            raise InputError(f"{row.where}: the audio prompt has {{language}}, but the row names none; fill 'language'")
+        return prompt.replace("{language}", language)

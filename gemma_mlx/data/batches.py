@@ -1,0 +1,265 @@
+"""Samples -> batches: order, padding, reading ahead, and the cursor that a resumed run goes on from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from gemma_mlx.batch import IGNORE_INDEX, Batch
+from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, Sample
+from gemma_mlx.errors import InputError
+
+_ROUNDS = 6
+_MASK64 = (1 << 64) - 1
+
+
+def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) -> Batch:
+    """One batch of right-padded rows, media in reading order.
+
+    Args:
+        samples: at least one.
+        pad_id: the id in padding positions.
+        pad_to_multiple: tokens of a row are padded to a multiple of this, and so are the soft tokens of pictures (in
+            patches) and clips (in frames), so that few shapes arise.
+
+    Raises:
+        InputError: a row whose media slots are not those of its pictures and clips.
+    """
+    if not samples:
+        raise InputError("a batch needs at least one sample")
+    for sample in samples:
+        _check_slots(sample)
+    rows, tokens = len(samples), _round_up(max(map(len, samples)), pad_to_multiple)
+    input_ids = np.full((rows, tokens), pad_id, np.int32)
+    attention_mask = np.zeros((rows, tokens), np.int32)
+    types = np.full((rows, tokens), TEXT, np.int32)
+    labels = np.full((rows, tokens), IGNORE_INDEX, np.int32)
+    for i, sample in enumerate(samples):
+        n = len(sample)
+        input_ids[i, :n], attention_mask[i, :n] = sample.input_ids, 1
+        types[i, :n], labels[i, :n] = sample.token_types, sample.labels
+    pixel_values, positions = _stack_images(samples, pad_to_multiple)
+    features, mask = _stack_clips(samples, pad_to_multiple)
+    row_ids = tuple(sample.row_id or sample.where for sample in samples)
+    return Batch(input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, row_ids)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check_slots(sample: Sample) -> None:
+    for kind, name, wanted in (
+        (IMAGE, "image", sum(image.soft_tokens for image in sample.images)),
+        (AUDIO, "audio", sum(-(-len(clip) // 4) for clip in sample.clips)),
+    ):
+        found = int((sample.token_types == kind).sum())
+        if found != wanted:
+            raise InputError(
+                f"{sample.where}: {found} {name} slots in the tokens, {wanted} {name} soft tokens in the features; "
+                "make the sample with its features, by one processor"
+            )
+
+
+def _stack_images(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    images = [image for sample in samples for image in sample.images]
+    if not images:
+        return None, None
+    cell = len(images[0].pixels) // images[0].soft_tokens  # patches in one soft token
+    patches = _round_up(max(len(image.pixels) for image in images), cell * multiple)
+    values = np.zeros((len(images), patches, images[0].pixels.shape[1]), np.float32)
+    positions = np.full((len(images), patches, 2), -1, np.int32)
+    for i, image in enumerate(images):
+        n = len(image.pixels)
+        values[i, :n], positions[i, :n] = image.values(), image.positions
+    return values, positions
+
+
+def _stack_clips(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    clips = [clip for sample in samples for clip in sample.clips]
+    if not clips:
+        return None, None
+    longest = max(map(len, clips))
+    frames = longest if multiple == 1 else _round_up(longest, 4 * multiple)
+    features = np.zeros((len(clips), frames, clips[0].shape[1]), np.float32)
+    mask = np.zeros((len(clips), frames), bool)
+    for i, clip in enumerate(clips):
+        features[i, : len(clip)], mask[i, : len(clip)] = clip, True
+    return features, mask
+
+
+class Order:
+    """A permutation of range(n) keyed by (seed, epoch), computed entry by entry.
+
+    A Feistel network over the smallest even number of bits that holds n, walked until it lands inside: nothing is
+    stored, any position can be asked for, and the order does not depend on a library's version.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int):
+        self.n = n
+        half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+        self._half, self._low = half, (1 << half) - 1
+        key = _mix(_mix(seed & _MASK64) ^ epoch)
+        self._keys = [_mix(key + i) for i in range(_ROUNDS)]
+
+    def __getitem__(self, position: int) -> int:
+        if not 0 <= position < self.n:
+            raise IndexError(position)
+        value = position
+        while True:
+            left, right = value >> self._half, value & self._low
+            for key in self._keys:
+                left, right = right, left ^ (_mix(right ^ key) & self._low)
+            value = left << self._half | right
+            if value < self.n:
+                return value
+
+
+def _mix(x: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
+    return x ^ (x >> 31)
+
+
+class Samples(Protocol):
+    """What batches are made of: a `Dataset`, or a list of samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class Batches:
+    """An endless (or `epochs` long) iterator of batches in an order that depends on (seed, epoch) alone.
+
+    Worker threads make the next batches while the current one is in use; what they do can be seen only in time: batches
+    come in order, and an error in one of them is raised where that batch would have come. The last batch of an epoch
+    may be smaller. `state` names the batch after the last one handed out, whatever has been read ahead.
+
+    Args:
+        samples: the rows.
+        batch_size: rows a batch.
+        pad_id: the id in padding positions.
+        seed: orders the rows.
+        shuffle: false for the order of the file.
+        epochs: passes over the rows; None for no end.
+        pad_to_multiple: see `collate`.
+        workers: threads that read ahead; 0 reads when asked.
+        prefetch: batches made ahead.
+        state: where to go on, as `state` gave it.
+
+    Raises:
+        InputError: no rows, a batch size below 1, or a state of other data.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        pad_id: int = 0,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        pad_to_multiple: int = 1,
+        workers: int = 2,
+        prefetch: int = 4,
+        state: dict[str, int] | None = None,
+    ):
+        if not len(samples):
+            raise InputError("the data has no rows; expected at least one")
+        if batch_size < 1 or pad_to_multiple < 1:
+            raise InputError(f"batch_size {batch_size}, pad_to_multiple {pad_to_multiple}: expected at least 1")
+        self.samples, self.batch_size, self.pad_id = samples, batch_size, pad_id
+        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.pad_to_multiple, self.workers, self.prefetch = pad_to_multiple, workers, max(1, prefetch)
+        self._epoch = self._position = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[Batch]] = deque()
+        self._planned: Iterator[list[int]] | None = None
+        if state is not None:
+            self.seek(state)
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        return -(-len(self.samples) // self.batch_size)
+
+    def state(self) -> dict[str, int]:
+        """Where the next batch starts, and what it depends on: four integers."""
+        return {"epoch": self._epoch, "position": self._position, "rows": len(self.samples), "seed": self.seed}
+
+    def seek(self, state: dict[str, int]) -> None:
+        """Go on from a `state` of the same rows and seed.
+
+        Raises:
+            InputError: the number of rows or the seed differs.
+        """
+        for name, own in (("rows", len(self.samples)), ("seed", self.seed)):
+            if state.get(name, own) != own:
+                raise InputError(
+                    f"cannot resume: the saved run had {name} {state[name]}, this one has {own}; use the same"
+                )
+        self.close()
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.workers:
+            batch = self._next_ahead()
+        else:
+            rows = next(self._plan(self._epoch, self._position))
+            batch = self._make(rows)
+        self._position += len(batch.input_ids)
+        if self._position >= len(self.samples):
+            self._epoch, self._position = self._epoch + 1, 0
+        return batch
+
+    def _plan(self, epoch: int, position: int) -> Iterator[list[int]]:
+        """Rows of each batch from there on."""
+        n = len(self.samples)
+        while self.epochs is None or epoch < self.epochs:
+            order = Order(n, self.seed, epoch) if self.shuffle else range(n)
+            for start in range(position, n, self.batch_size):
+                yield [order[i] for i in range(start, min(start + self.batch_size, n))]
+            epoch, position = epoch + 1, 0
+
+    def _make(self, rows: list[int]) -> Batch:
+        return collate([self.samples[i] for i in rows], self.pad_id, self.pad_to_multiple)
+
+    def _next_ahead(self) -> Batch:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
+            self._planned = self._plan(self._epoch, self._position)
+        while len(self._ahead) <= self.prefetch and (rows := next(self._planned, None)) is not None:
+            self._ahead.append(self._pool.submit(self._make, rows))
+        if not self._ahead:
+            self.close()
+            raise StopIteration
+        try:
+            return self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stops the workers and forgets what was read ahead; the next batch starts them again from `state`."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
