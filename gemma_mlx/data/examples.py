@@ -105,11 +105,9 @@ class Example:
         return "".join(part.text for part in turn.parts if isinstance(part, Text)) if turn else ""
 
 
-TRANSCRIBE = "Transcribe the following speech segment in its original language. Write only the transcription, without line breaks."
-TRANSCRIBE_IN = (
-    "Transcribe the following speech segment in {language} into {language} text. Write only the transcription, without "
-    "line breaks."
-)
+_ONLY = " Write only the transcription, without line breaks."
+TRANSCRIBE = "Transcribe the following speech segment in its original language." + _ONLY
+TRANSCRIBE_IN = "Transcribe the following speech segment in {language} into {language} text." + _ONLY
 DESCRIBE = "Describe this image."
 
 
