@@ -201,9 +201,11 @@ def _full_head_dim(config: dict[str, Any], types: tuple[str, ...], where: str) -
     overrides = config.get("per_layer_config")
     if overrides is None:
         return int(config.get("global_head_dim") or 512)
+    # Keys are layer numbers, zero-padded to one width ("05"), or attention types.
+    overrides = {int(k) if str(k).isdigit() else k: v for k, v in overrides.items()}
     head_dim, sizes = config.get("head_dim", 256), set()
     for layer, kind in enumerate(types):
-        own = overrides.get(str(layer), overrides.get(layer, overrides.get(kind, {})))
+        own = overrides.get(layer, overrides.get(kind, {}))
         other = sorted(k for k, v in own.items() if k != "head_dim" and v != config.get(k))
         if other or (kind == SLIDING and own.get("head_dim", head_dim) != head_dim):
             raise InputError(
