@@ -1,5 +1,6 @@
 """The audio tower against transformers' Gemma4AudioModel, every weight and buffer random, float32."""
 
+import dataclasses
 import math
 
 import mlx.core as mx
@@ -139,7 +140,7 @@ def attention_in_torch(module, x, window):
 def test_window_switch(window):
     """One conformer attention at both windows against dense float64; 12 is also the reference's own forward."""
     theirs, spec = reference.audio(1)
-    ours = AudioTower(spec, window=window)
+    ours = AudioTower(dataclasses.replace(spec, attention_window=window))
     reference.copy_weights(theirs, ours)
     x = np.random.default_rng(0).standard_normal((2, 50, 32)).astype(np.float32)
     got = np.array(ours.layers[0].self_attn(mx.array(x), None))

@@ -283,14 +283,15 @@ class AudioTower(nn.Module):
     Args:
         spec: an audio spec with the field names of transformers' ``Gemma4AudioConfig``.
         window: keys of a frame's attention, itself included: context_left − 1 (12, as transformers) or
-            context_left (13, as Google's JAX release).
+            context_left (13, as Google's JAX release); None takes the spec's `attention_window`.
 
     Raises:
         InputError: a window or attention context that is neither of these, or an unknown activation.
     """
 
-    def __init__(self, spec, window: int = 12):
+    def __init__(self, spec, window: int | None = None):
         super().__init__()
+        window = spec.attention_window if window is None else window
         _check(spec, window)
         self.subsample_conv_projection = SubsampleProjection(spec)
         self.layers = [AudioLayer(spec, window) for _ in range(spec.num_hidden_layers)]
