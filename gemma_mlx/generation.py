@@ -1,0 +1,137 @@
+"""Answers from a model: greedy or sampled decoding with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gemma_mlx.batch import Batch
+from gemma_mlx.data.batches import collate
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
+from gemma_mlx.data.processor import Processor
+from gemma_mlx.errors import InputError
+
+Sampler = Callable[[mx.array], mx.array]
+"""float32 logits [B, V] -> token ids [B]."""
+
+
+def generate(
+    model: Any,
+    processor: Processor,
+    conversations: Sequence[Any],
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    batch_size: int = 8,
+) -> list[str]:
+    """The model's answer to each conversation, in their order.
+
+    ``conversations``: questions as plain strings, lists of ``{"role", "content"}`` messages whose content may hold
+    ``{"type": "image", "image": path}`` and ``{"type": "audio", "audio": path}`` parts, or ``Example`` objects (their
+    last model turn, if any, is left out). Temperature 0 takes the likeliest token. At most ``max_tokens`` tokens each,
+    ending earlier at one of the checkpoint's end tokens. Prompts are answered in batches of ``batch_size``, longest
+    first; that changes nothing in the answers but the last bits of rounding.
+    """
+    if seed is not None:
+        mx.random.seed(seed)
+    prompts = [processor.prompt(as_example(c)) for c in conversations]
+    sampler = make_sampler(temperature, top_p, top_k, min_p)
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([prompts[i] for i in chosen], pad_id=processor.pad_id)
+        for i, ids in zip(chosen, answer_ids(model, batch, processor.eos_ids, max_tokens, sampler), strict=True):
+            answers[i] = processor.decode(ids)
+    return answers
+
+
+def as_example(conversation: Any) -> Example:
+    """A question, a list of messages, or an Example -> an Example."""
+    if isinstance(conversation, Example):
+        return conversation
+    if isinstance(conversation, str):
+        conversation = [{"role": "user", "content": conversation}]
+    try:
+        turns = tuple(_turn(message["role"], message["content"]) for message in conversation)
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"conversation: expected text or a list of {{'role', 'content'}} messages, got {conversation!r:.80}"
+        ) from error
+    return Example(turns, where="conversation")
+
+
+def _turn(role: str, content: Any) -> Turn:
+    role = {"assistant": "model"}.get(role, role)
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    kinds = {"text": Text, "image": lambda path: Image(Path(path)), "audio": lambda path: Audio(Path(path))}
+    if role not in ("system", "user", "model") or any(part["type"] not in kinds for part in parts):
+        raise InputError(f"conversation: expected text, image and audio parts of system, user or model, got {role!r}")
+    return Turn(role, tuple(kinds[part["type"]](part[part["type"]]) for part in parts))
+
+
+def answer_ids(
+    model: Any, batch: Batch, eos_ids: Sequence[int], max_tokens: int, sampler: Sampler | None = None
+) -> list[list[int]]:
+    """Token ids that follow each row of a batch of prompts, without the end token."""
+    ends = set(eos_ids)
+    answers: list[list[int]] = [[] for _ in batch.input_ids]
+    running = np.ones(len(answers), bool)
+    for step in steps(model, batch, sampler or greedy):
+        for row, token in enumerate(step.tolist()):
+            running[row] &= token not in ends
+            if running[row]:
+                answers[row].append(token)
+        if not running.any() or max(map(len, answers)) >= max_tokens:
+            return answers
+    return answers
+
+
+def steps(model: Any, batch: Batch, sampler: Sampler) -> Iterator[np.ndarray]:
+    """The next token of every row, int [B], without end: the caller stops. Prompts are left-padded here."""
+    inputs = left_padded(batch).inputs()
+    cache = model.make_cache()
+    mask = inputs["attention_mask"]
+    hidden = model.hidden(**inputs, cache=cache)
+    while True:
+        tokens = sampler(model.logits(hidden[:, -1]).astype(mx.float32))
+        mx.eval(tokens)
+        yield np.array(tokens)
+        mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], axis=1)
+        hidden = model.hidden(input_ids=tokens[:, None], attention_mask=mask, cache=cache)
+
+
+def left_padded(batch: Batch) -> Batch:
+    """The same rows with their padding in front, so that every row's last position is its newest token."""
+    width = batch.input_ids.shape[1]
+    shifts = width - batch.attention_mask.sum(axis=1)
+
+    def rolled(rows: np.ndarray) -> np.ndarray:
+        return np.stack([np.roll(row, shift) for row, shift in zip(rows, shifts, strict=True)])
+
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+    return replace(batch, **{name: rolled(getattr(batch, name)) for name in names})
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """The likeliest token of each row."""
+    return mx.argmax(logits, axis=-1)
+
+
+def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Sampler:
+    """mlx-lm's sampling chain over log-probabilities; greedy at temperature 0."""
+    if temperature == 0:
+        return greedy
+    from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
+
+    sample = mlx_lm_sampler(temp=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+    return lambda logits: sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
