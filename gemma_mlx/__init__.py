@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from gemma_mlx import blas as _blas  # OpenBLAS must be in place before anything imports mlx.core
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -24,8 +26,6 @@ __all__ = ["InputError", "TrainConfig", "evaluate", "finetune", "generate", "loa
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gemma_mlx import blas  # OpenBLAS before mlx.core
-
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 

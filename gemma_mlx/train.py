@@ -24,7 +24,6 @@ def command(config: str | None, demo: bool, **flags: Any) -> None:
     if demo:
         run_demo(values, labels)
         return
-    from gemma_mlx import blas  # noqa: F401  (OpenBLAS before mlx.core)
     from gemma_mlx.loop import train
 
     train(configure(values, labels))

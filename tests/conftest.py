@@ -1,4 +1,4 @@
-"""OpenBLAS before MLX and one random seed for everything; no test reaches a hub."""
+"""One random seed for everything; no test reaches a hub."""
 
 import os
 
@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 
-import gemma_mlx.blas  # noqa: F401  (before mlx.core, which other imports pull in)
+import gemma_mlx  # noqa: F401  (OpenBLAS before mlx.core, which other imports pull in)
 
 
 @pytest.fixture(autouse=True)

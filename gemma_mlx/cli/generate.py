@@ -40,12 +40,12 @@ def command(
     **how,
 ):
     """Print the model's answer to one prompt."""
-    from gemma_mlx.data.examples import Prompts
+    from gemma_mlx.data.examples import DESCRIBE, TRANSCRIBE
     from gemma_mlx.data.processor import Processor
     from gemma_mlx.generation import generate
     from gemma_mlx.models.load import load
 
-    prompt = prompt or (Prompts().transcribe if clips else Prompts().describe if images else None)
+    prompt = prompt or (TRANSCRIBE if clips else DESCRIBE if images else None)
     if prompt is None:
         raise click.UsageError("nothing to answer: give --prompt, --image or --audio")
     content = [{"type": "image", "image": path} for path in images]
