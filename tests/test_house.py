@@ -15,8 +15,9 @@ HEAVY = {"mlx", "numpy", "torch", "transformers", "mlx_lm", "PIL", "soundfile", 
 
 # room -> prefixes it must not import (a room is a path prefix inside the package)
 FORBIDDEN = {
-    "data/": ("mlx", "torch", "gemma_mlx.models", "gemma_mlx.ops", "gemma_mlx.loop", "gemma_mlx.lora", "gemma_mlx.loss"),
-    "spec.py": tuple(HEAVY) + ("gemma_mlx.data", "gemma_mlx.models"),
+    "data/": ("mlx", "torch", *(f"gemma_mlx.{m}" for m in ("models", "ops", "loop", "lora", "loss", "step", "demo"))),
+    "demo/run.py": ("torch", "transformers"),
+    "spec.py": (*HEAVY, "gemma_mlx.data", "gemma_mlx.models"),
     "errors.py": tuple(HEAVY),
     "batch.py": ("mlx", "torch", "gemma_mlx.data", "gemma_mlx.models"),
     "config.py": ("mlx", "torch", "gemma_mlx.data", "gemma_mlx.models", "gemma_mlx.loop"),
@@ -29,8 +30,8 @@ FORBIDDEN = {
 }
 # modules that only some rooms may know
 ONLY = {
-    "transformers": {"torch_backend.py", "demo/train_base.py"},
-    "torch": {"torch_backend.py", "demo/train_base.py"},
+    "transformers": {"torch_backend.py", "demo/"},
+    "torch": {"torch_backend.py", "demo/"},
     "click": {"train.py", "__main__.py", "cli/", "config.py"},
 }
 
