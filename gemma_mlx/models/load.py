@@ -233,7 +233,9 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as part:
             mx.save_safetensors(f"{part}/{file}", shard, metadata={"format": "pt"})
             os.replace(f"{part}/{file}", folder / file)
-    if len(shards) > 1:
+    if len(shards) == 1:
+        (folder / INDEX).unlink(missing_ok=True)  # of an earlier save: it would be read first
+    else:
         total = sum(a.nbytes for a in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     dtype = str(model.model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
