@@ -6,6 +6,7 @@ pictures, with pillow-heif (the extra ``media``) for HEIC. Every failure is an `
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def _decode(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
             rate = file.samplerate
             _check_length(file.frames / rate, told, long_audio)
             wave = file.read(min(file.frames, _LIMIT_S * rate), dtype="float32", always_2d=True)
+    except InputError:
+        raise
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
         raise InputError(
             f"{told}: unreadable audio ({str(e).splitlines()[0]}); expected a whole wav, flac, ogg or mp3 file"
@@ -123,9 +126,9 @@ def _decode_av(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]
                 # One frame beyond the limit is enough to know.
                 if rate and count > _LIMIT_S * rate and long_audio == "truncate":
                     break
+    except InputError:
+        raise
     except (av.FFmpegError, OSError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(f"{told}: unreadable audio ({e}); expected a whole audio file") from None
     if not blocks:
         raise InputError(f"{told}: empty audio: no sample could be decoded; remove the row")
@@ -185,6 +188,8 @@ def _open_image(path: Path, told: str) -> Any:
     try:
         image = Image.open(path)
     except UnidentifiedImageError:
+        if _claims_no_pixels(path):
+            raise InputError(f"{told}: zero-size image: its header says 0 pixels; save or download it again") from None
         raise InputError(
             f"{told}: unreadable image: no known picture format; expected png, jpeg, webp or the like"
         ) from None
@@ -200,6 +205,16 @@ def _open_image(path: Path, told: str) -> Any:
         image.close()
         raise InputError(f"{told}: image too large: {width}x{height}, the limit is {MAX_PIXELS} pixels; scale it down")
     return image
+
+
+def _claims_no_pixels(path: Path) -> bool:
+    """Whether a PNG, GIF or BMP header gives a side of 0, which Pillow takes for no picture at all."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    for magic, form, at in ((b"\x89PNG", ">II", 16), (b"GIF8", "<HH", 6), (b"BM", "<ii", 18)):
+        if head.startswith(magic) and len(head) >= at + struct.calcsize(form):
+            return 0 in struct.unpack_from(form, head, at)
+    return False
 
 
 def _register_heif(path: Path, told: str) -> None:
