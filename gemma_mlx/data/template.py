@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -230,22 +229,29 @@ def render_conversation(example: Example, template: ChatTemplate, train_on: str 
 def encode(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(ids, labels) of a rendered conversation, with one placeholder id for each medium.
 
-    A span starts behind exactly the ids that its prompt has when it stands alone. Where a token of the whole text would
-    reach over that border, the pieces are encoded one by one.
+    A span carries loss if it starts behind exactly the ids that its prompt has when it stands alone. Where a token of the
+    whole text would reach over the last span's borders, that prompt and the answer are encoded one by one instead.
     """
-    ids = tokenizer.encode(rendered.text)
-    cuts = [cut for span in rendered.spans for cut in span]
-    heads = [tokenizer.encode(rendered.text[:cut]) for cut in cuts]
-    ends = [len(head) for head in heads]
-    if any(ids[: len(head)] != head for head in heads):
-        edges = [0, *cuts, len(rendered.text)]
-        pieces = [tokenizer.encode(rendered.text[a:b]) for a, b in pairwise(edges)]
-        ids = [i for piece in pieces for i in piece]
-        ends = np.cumsum([len(piece) for piece in pieces[:-1]]).tolist()
+    text = rendered.text
+    ids = tokenizer.encode(text)
+    within = {span: _token_span(span, text, ids, tokenizer) for span in rendered.spans}
+    if rendered.spans and within[rendered.spans[-1]] is None:
+        start, end = rendered.spans[-1]
+        head, answer, tail = (tokenizer.encode(part) for part in (text[:start], text[start:end], text[end:]))
+        ids = head + answer + tail
+        within = {span: _token_span(span, text, ids, tokenizer) for span in rendered.spans[:-1]}
+        within[start, end] = len(head), len(head) + len(answer)
     labels = [IGNORE_INDEX] * len(ids)
-    for start, end in zip(ends[::2], ends[1::2], strict=True):
+    for start, end in filter(None, within.values()):
         labels[start:end] = ids[start:end]
     return ids, labels
+
+
+def _token_span(span: tuple[int, int], text: str, ids: list[int], tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The tokens of a span of characters; None where a token reaches over one of its borders."""
+    before, through = (tokenizer.encode(text[:cut]) for cut in span)
+    fits = ids[: len(before)] == before and ids[: len(through)] == through
+    return (len(before), len(through)) if fits else None
 
 
 def expand(

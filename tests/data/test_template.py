@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from small_checkpoint import TEMPLATE, make_folder, reference_processor
+from small_checkpoint import make_folder, reference_processor
+from tokenizers import Tokenizer
 
 from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.dataset import Dataset, read_examples
@@ -160,16 +161,20 @@ def test_generation_prompt_with_an_empty_thought(media, thinking_checkpoint):
     assert np.array_equal(processor.prompt(example).input_ids, prompt)
 
 
-def test_the_prompt_stays_whole_where_a_token_would_reach_over_its_end(tmp_path, media):
-    """A header that ends in one line break and an answer that the template lets begin with another."""
-    template = TEMPLATE.replace("{{- without_thoughts(message['content']) -}}", "{{- '\\n' + message['content'] -}}")
-    assert template != TEMPLATE
-    template = template.replace("'<|turn>model\\n' -}}\n{%- endif", "'<|turn>model\\n\\n' -}}\n{%- endif")
-    processor = Processor(make_folder(tmp_path / "odd", template))
-    example = Example((Turn("user", (Text("hi"),)), Turn("model", (Text("the sun"),))))
-    sample, prompt = processor.sample(example), processor.prompt(example)
+def test_the_prompt_stays_whole_where_a_token_would_reach_over_its_end(tmp_path):
+    """A vocabulary with a token of the header's line break and an answer's first word."""
+    folder = make_folder(tmp_path / "odd")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["\nthe"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    processor = Processor(folder)
+    turns = [Turn("user", (Text("hi"),)), Turn("model", (Text("the sun"),))] * 2
+    sample, prompt = processor.sample(Example(tuple(turns))), processor.prompt(Example(tuple(turns)))
+    whole = processor.decode(sample.input_ids, skip_special_tokens=False)
+    assert sample.input_ids.tolist() != processor.tokenizer.encode(whole)  # there it would have reached over
     assert np.array_equal(sample.input_ids[: len(prompt)], prompt.input_ids)
-    assert processor.decode(sample.labels[sample.labels >= 0], skip_special_tokens=False) == "the sun<turn|>"
+    learned = processor.tokenizer.encode("the sun<turn|>")
+    assert sample.labels[sample.labels != IGNORE_INDEX].tolist() == learned  # the last turn alone
 
 
 def test_completion(table, processor):

@@ -1,0 +1,255 @@
+"""Padding and checks of a batch; order, resumption, reading ahead and errors of a stream of batches."""
+
+import threading
+import time
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+
+from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.data.batches import Batches, Order, collate
+from gemma_mlx.data.dataset import Dataset
+from gemma_mlx.data.media import load_audio
+from gemma_mlx.data.template import Sample
+from gemma_mlx.errors import InputError
+
+MIXED = (
+    "id,image_path,audio_path,question,answer,text\n"
+    "a,tall.png,,What?,this,\n"
+    "b,,short.wav,,,hello\n"
+    "c,,,Why?,because the dog,\n"
+    "d,wide.png,long.wav,Say?,the fox,\n"
+    "e,,,,,once upon a time\n"
+)
+
+
+def row(i, length=None):
+    ids = np.full(length or 1 + i % 7, i, np.int32)
+    return Sample(ids, ids.copy(), np.zeros_like(ids), row_id=str(i))
+
+
+def rows_of(batches):
+    return [tuple(int(i) for i in batch.row_ids) for batch in batches]
+
+
+def take(batches, n):
+    return [next(batches) for _ in range(n)]
+
+
+def equal(a, b):
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if not (x is y or (np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+def test_collate(table, processor, multiple):
+    dataset = Dataset(table(MIXED), processor)
+    samples = list(dataset)
+    batch = collate(samples, pad_id=9, pad_to_multiple=multiple)
+    longest = max(map(len, samples))
+    assert batch.input_ids.shape[1] == -(-longest // multiple) * multiple
+    for i, sample in enumerate(samples):
+        n = len(sample)
+        assert np.array_equal(batch.input_ids[i, :n], sample.input_ids) and (batch.input_ids[i, n:] == 9).all()
+        assert batch.attention_mask[i].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
+        assert np.array_equal(batch.labels[i, :n], sample.labels) and (batch.labels[i, n:] == IGNORE_INDEX).all()
+        assert np.array_equal(batch.mm_token_type_ids[i, :n], sample.token_types)
+        assert not batch.mm_token_type_ids[i, n:].any()
+    assert batch.row_ids == ("a", "b", "c", "d", "e")
+    assert batch.label_count == sum(sample.label_count for sample in samples)
+    kinds = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if f.name != "row_ids"}
+    assert kinds == {
+        **dict.fromkeys(("input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_position_ids"), np.int32),
+        **{"pixel_values": np.float32, "input_features": np.float32, "input_features_mask": np.bool_},
+    }
+    images = [image for sample in samples for image in sample.images]
+    assert batch.pixel_values.shape[0] == 2 and batch.pixel_values.shape[1] % (9 * multiple) == 0
+    for values, positions, image in zip(batch.pixel_values, batch.image_position_ids, images, strict=True):
+        n = len(image.pixels)
+        assert np.array_equal(values[:n], image.values()) and not values[n:].any()
+        assert np.array_equal(positions[:n], image.positions) and (positions[n:] == -1).all()
+    assert values.min() >= 0 and values.max() <= 1
+
+
+def test_clips_of_a_batch_equal_the_reference(table, processor, media):
+    """The shorter first: features and mask of transformers, up to the padding that only batching adds."""
+    batch = collate(list(Dataset(table(MIXED), processor)), pad_id=0)
+    out = Gemma4AudioFeatureExtractor()([load_audio(media / name) for name in ("short.wav", "long.wav")])
+    frames = batch.input_features.shape[1]
+    for i in range(2):
+        mask = out["input_features_mask"][i]
+        assert not mask[frames:].any() and np.array_equal(batch.input_features_mask[i], mask[:frames])
+        assert np.abs(batch.input_features[i] - out["input_features"][i][:frames]).max() <= 1e-5
+
+
+def test_text_alone_has_no_media(processor, table):
+    batch = collate([Dataset(table(MIXED), processor)[2]], pad_id=0)
+    assert set(batch.inputs()) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def test_collate_checks_slots_against_features(table, processor):
+    dataset = Dataset(table(MIXED), processor)
+    for sample in (
+        replace(dataset[0], images=()),
+        replace(dataset[1], clips=()),
+        replace(dataset[2], clips=dataset[1].clips),
+    ):
+        with pytest.raises(InputError, match=r"train.csv:\d: \d+ (image|audio) slots in the tokens, \d+"):
+            collate([sample], pad_id=0)
+    with pytest.raises(InputError, match="at least one"):
+        collate([], pad_id=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 255, 1000])
+def test_order_is_a_permutation_by_seed_and_epoch(n):
+    orders = [[Order(n, seed, epoch)[i] for i in range(n)] for seed in (0, 1, -5, 2**63 + 9) for epoch in range(3)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    if n >= 16:
+        assert len({tuple(order) for order in orders}) == len(orders)
+        assert all(order != list(range(n)) for order in orders)
+    with pytest.raises(IndexError):
+        Order(n, 0, 0)[n]
+
+
+def test_order_looks_random():
+    """Every row comes at every tenth of the epoch about equally often; neighbours are parted."""
+    n, epochs = 50, 400
+    where = np.zeros((n, 10))
+    together = 0
+    for epoch in range(epochs):
+        order = np.array([Order(n, 11, epoch)[i] for i in range(n)])
+        where[order, np.arange(n) * 10 // n] += 1
+        together += (np.abs(np.diff(order)) == 1).sum()
+    chi = ((where - epochs / 10) ** 2 / (epochs / 10)).sum()
+    assert abs(chi - n * 9) < 5 * np.sqrt(2 * n * 9)  # chi-square of n·9 degrees of freedom, 5 sigma
+    expected = epochs * 2 * (n - 1) / n
+    assert abs(together - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_row_once_an_epoch(workers):
+    data = [row(i) for i in range(11)]
+    with Batches(data, 4, seed=3, epochs=3, workers=workers) as batches:
+        found = rows_of(batches)
+    assert [len(b) for b in found] == [4, 4, 3] * 3 and len(batches) == 3
+    epochs = [sum(found[i : i + 3], ()) for i in (0, 3, 6)]
+    assert all(sorted(e) == list(range(11)) for e in epochs) and len(set(epochs)) == 3
+    assert rows_of(Batches(data, 4, shuffle=False, epochs=1, workers=workers)) == [
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+        (8, 9, 10),
+    ]
+
+
+def test_order_does_not_depend_on_the_workers():
+    class Slow(list):
+        def __getitem__(self, i):
+            time.sleep(0.002 * (i % 3))
+            return row(i)
+
+    data = Slow(range(20))
+    runs = [rows_of(take(Batches(data, 3, seed=1, workers=w, prefetch=p), 12)) for w, p in ((0, 1), (1, 1), (4, 6))]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 9])
+def test_resumes_exactly(table, processor, workers, stop):
+    dataset = Dataset(table(MIXED), processor)
+    whole = take(Batches(dataset, 2, seed=5, workers=workers), 12)
+    first = Batches(dataset, 2, seed=5, workers=workers)
+    take(first, stop)
+    state = first.state()
+    first.close()
+    second = take(Batches(dataset, 2, seed=5, workers=workers, state=state), 12 - stop)
+    assert all(equal(a, b) for a, b in zip(whole[stop:], second, strict=True))
+    assert set(state) == {"epoch", "position", "rows", "seed"} and state["epoch"] == stop // 3
+    # The stream itself goes on after a close, without loss.
+    assert all(equal(a, b) for a, b in zip(whole[stop:], take(first, 12 - stop), strict=True))
+
+
+def test_refuses_a_state_of_other_data():
+    data = [row(i) for i in range(5)]
+    state = Batches(data, 2, seed=1).state()
+    with pytest.raises(InputError, match="rows 5, this one has 4"):
+        Batches(data[:4], 2, seed=1, state=state)
+    with pytest.raises(InputError, match="seed 1, this one has 2"):
+        Batches(data, 2, seed=2, state=state)
+    with pytest.raises(InputError, match="no rows"):
+        Batches([], 2)
+    with pytest.raises(InputError, match="batch_size 0"):
+        Batches(data, 0)
+
+
+class Counting:
+    """Ten rows; remembers who read them; one of them may be bad."""
+
+    def __init__(self, bad=None):
+        self.read, self.threads, self.bad = [], set(), bad
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        self.threads.add(threading.current_thread().name)
+        if i == self.bad:
+            raise InputError(f"train.csv:{i + 2}: bad row")
+        return row(i)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_come_in_their_place(workers):
+    before = threading.enumerate()
+    batches = Batches(Counting(bad=5), 2, shuffle=False, workers=workers, prefetch=5)
+    assert rows_of(take(batches, 2)) == [(0, 1), (2, 3)]
+    with pytest.raises(InputError, match=r"train.csv:7: bad row"):
+        next(batches)
+    assert batches.state()["position"] == 4
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches") and t not in before]
+
+
+def test_reads_ahead_but_no_further_than_asked():
+    before, data = threading.enumerate(), Counting()
+    with Batches(data, 1, shuffle=False, workers=2, prefetch=3) as batches:
+        next(batches)
+        deadline = time.monotonic() + 5
+        while len(data.read) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert sorted(data.read) == [0, 1, 2, 3]
+    assert all(name.startswith("batches") for name in data.threads)
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches") and t not in before]
+
+
+def test_dataset_keeps_samples_within_its_limit(table, processor, monkeypatch):
+    read = []
+    make = processor.sample
+    monkeypatch.setattr(processor, "sample", lambda example: read.append(example.row_id) or make(example))
+    path = table(MIXED)
+    dataset = Dataset(path, processor)
+    first, second = list(dataset), list(dataset)
+    assert read == list("abcde") and all(a is b for a, b in zip(first, second, strict=True))
+    read.clear()
+    small = Dataset(path, processor, cache_bytes=first[0].nbytes + first[1].nbytes)
+    for i in (0, 1, 0, 3, 0):
+        assert np.array_equal(small[i].input_ids, first[i].input_ids)
+    assert read == ["a", "b", "d", "a"] or read == ["a", "b", "d"]
+    assert small._cached == sum(s.nbytes for s in small._cache.values()) <= first[0].nbytes + first[1].nbytes
+    read.clear()
+    none = Dataset(path, processor, cache_bytes=0)
+    assert none[2] is not none[2] and read == ["c", "c"]
+
+
+def test_bad_media_name_their_line(table, processor, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nothing")
+    path = table("audio_path,text\nshort.wav,hello\nbroken.wav,hello\n")
+    batches = Batches(Dataset(path, processor), 1, shuffle=False)
+    next(batches)
+    with pytest.raises(InputError, match=r"train.csv:3: .*broken.wav: unreadable audio"):
+        next(batches)
