@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gemma_mlx.data.examples import Example, Folders, Prompts, RowReader
@@ -20,8 +20,9 @@ class Dataset:
     """Rows of a CSV, checked when it is opened, decoded when they are asked for.
 
     Opening reads the whole file, maps its columns and looks for every medium (inside the data folder and the media
-    roots); no medium is decoded. Samples are kept in memory up to a limit, since small data are read again every epoch.
-    Safe to read from several threads.
+    roots), for towers that read them and for control tokens in the text; no medium is decoded.
+    Samples are kept in memory up to a limit, since small data are read again every epoch. Safe to read from several
+    threads.
 
     Args:
         path: the CSV; relative media paths start from its folder. See `gemma_mlx.data.examples` for the columns.
@@ -48,7 +49,10 @@ class Dataset:
         cache_bytes: int = CACHE_BYTES,
     ):
         self.path, self.processor = Path(path), processor
-        self.examples = read_examples(path, media_roots, columns, prompts=prompts, need_answer=need_answer)
+        _ = processor.tokenizer.control_tokens  # a missing tokenizer is no row's fault
+        self.examples = read_examples(
+            path, media_roots, columns, prompts=prompts, need_answer=need_answer, check=processor.check
+        )
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached, self._lock = cache_bytes, 0, threading.Lock()
 
@@ -85,8 +89,9 @@ def read_examples(
     *,
     prompts: Prompts | None = None,
     need_answer: bool = True,
+    check: Callable[[Example], None] | None = None,
 ) -> list[Example]:
-    """All rows of a CSV as examples; arguments and errors as `Dataset`."""
+    """All rows of a CSV as examples; arguments and errors as `Dataset`, and `check` sees every example."""
     source = CsvRows(path)
     folders = Folders(Path(path).parent, media_roots)
     reader = RowReader(source.columns, folders, str(path), columns or {}, prompts or Prompts(), need_answer)
@@ -96,6 +101,8 @@ def read_examples(
     for row in source:
         try:
             examples.append(reader.example(row))
+            if check is not None:
+                check(examples[-1])
         except InputError as e:
             more += first is not None
             first = first or e

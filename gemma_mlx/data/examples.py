@@ -168,7 +168,8 @@ class Folders:
             if os.path.isabs(cell)
             else [os.path.normpath(os.path.join(lexical, cell)) for lexical, _ in self._inside]
         )
-        inside = [path for path in tries if any(_within(path, lexical) for lexical, _ in self._inside)]
+        # A root may itself be reached through a link (as /tmp is on a Mac), so both of its names count.
+        inside = [path for path in tries if any(_within(path, root) for names in self._inside for root in names)]
         found = next((path for path in inside if os.path.exists(path)), None)
         folders = ", ".join(str(root) for root in self.roots)
         if not inside or (found and not any(_within(self._real(found), real) for _, real in self._inside)):

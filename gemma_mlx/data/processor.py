@@ -97,6 +97,16 @@ class Processor:
         source = self._chat_template or self.tokenizer.chat_template or DEFAULT_TEMPLATE
         return ChatTemplate(source, self.tokenizer.special_tokens)
 
+    def check(self, example: Example) -> None:
+        """What can be known of an example without rendering it or decoding its media.
+
+        Raises:
+            InputError: media that the checkpoint has no tower for, or control tokens inside the text.
+        """
+        for part in example.media():
+            self._need_tower(part, example)
+        check_texts(example, self.tokenizer)
+
     def sample(self, example: Example, with_features: bool = True) -> Sample:
         """The example with its labels.
 
@@ -107,18 +117,18 @@ class Processor:
         Raises:
             InputError: naming the example's place: empty text, unreadable media, media without a tower for them.
         """
+        self.check(example)
         if example.completion:
             return self._completion(example)
-        check_texts(example, self.tokenizer)
         ids, labels = encode(render_conversation(example, self.template, self.train_on), self.tokenizer)
         return self._with_media(example, ids, labels, with_features)
 
     def prompt(self, example: Example, with_features: bool = True) -> Sample:
         """The example up to where the model is to go on: its last model turn is left out. No position carries loss."""
+        self.check(example)
         if example.completion:
             start = np.array([self.spec.text.bos_token_id], np.int32)
             return self._text_sample(example, start, np.full(1, IGNORE_INDEX, np.int32))
-        check_texts(example, self.tokenizer)
         ids, labels = encode(render_prompt(example, self.template), self.tokenizer)
         return self._with_media(example, ids, labels, with_features)
 
@@ -132,9 +142,7 @@ class Processor:
         if not text.strip():
             raise InputError(f"{example.where}: empty text: nothing to learn; fill the cell or remove the row")
         ids = self.tokenizer.encode(text)
-        bos, eos, spec = self.spec.text.bos_token_id, self.tokenizer.eos_id, self.spec
-        if {spec.image_token_id, spec.audio_token_id, spec.video_token_id} & set(ids):
-            raise InputError(f"{example.where}: the text contains a media placeholder, but no medium; remove it")
+        bos, eos = self.spec.text.bos_token_id, self.tokenizer.eos_id
         ids = [*([] if ids[0] == bos else [bos]), *ids, *([] if ids[-1] == eos else [eos])]
         input_ids = np.array(ids, np.int32)
         labels = input_ids.copy()
@@ -150,7 +158,6 @@ class Processor:
         clips: list[np.ndarray] = []
         slots: list[tuple[int, int]] = []
         for part in example.media():
-            self._need_tower(part, example)
             if isinstance(part, Image) and with_features:
                 images.append(self._patches(part, example.where))
                 slots.append((IMAGE, images[-1].soft_tokens))

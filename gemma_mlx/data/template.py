@@ -169,10 +169,14 @@ def _part(part: Text | Image | Audio) -> dict[str, str]:
 
 
 def check_texts(example: Example, tokenizer: Tokenizer) -> None:
-    """Refuses control tokens inside what somebody says: they would end turns or stand for media that are not there."""
+    """Refuses control tokens inside what somebody says: they would end turns or stand for media that are not there.
+
+    A completion may hold turns written out, but no media.
+    """
+    refused = tokenizer.media_tokens if example.completion else tokenizer.control_tokens
     for turn in example.turns:
         for part in turn.parts:
-            for token in tokenizer.control_tokens if isinstance(part, Text) else ():
+            for token in refused if isinstance(part, Text) else ():
                 if token in part.text:
                     raise InputError(f"{example.where}: the text contains the control token {token}; remove it")
 
@@ -229,8 +233,8 @@ def render_conversation(example: Example, template: ChatTemplate, train_on: str 
 def encode(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(ids, labels) of a rendered conversation, with one placeholder id for each medium.
 
-    A span carries loss if it starts behind exactly the ids that its prompt has when it stands alone. Where a token of the
-    whole text would reach over the last span's borders, that prompt and the answer are encoded one by one instead.
+    A span carries loss if it starts behind exactly the ids that its prompt has when it stands alone. Where a token of
+    the whole text would reach over the last span's borders, prompt and answer are encoded one by one instead.
     """
     text = rendered.text
     ids = tokenizer.encode(text)

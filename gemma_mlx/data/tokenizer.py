@@ -102,14 +102,17 @@ class Tokenizer:
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Tokens that structure a conversation and may not stand inside what somebody says."""
-        s = self.spec
-        ids = (
-            *(s.text.pad_token_id, s.text.bos_token_id, self.eos_id),
-            *(s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id),
-            *(s.boa_token_id, s.audio_token_id, s.eoa_token_id),
-        )
-        found = [self.text_of(i) for i in ids]
+        text = self.spec.text
+        found = [self.text_of(i) for i in (text.pad_token_id, text.bos_token_id, self.eos_id)]
         found += [token for token in (TURN_OPEN, TURN_CLOSE) if self.id_of(token) is not None]
+        return (*(token for token in found if token), *self.media_tokens)
+
+    @cached_property
+    def media_tokens(self) -> tuple[str, ...]:
+        """Slots and markers of pictures, films and clips."""
+        s = self.spec
+        ids = (s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id)
+        found = [self.text_of(i) for i in (*ids, s.boa_token_id, s.audio_token_id, s.eoa_token_id)]
         return tuple(token for token in found if token)
 
     @cached_property

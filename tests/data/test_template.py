@@ -241,12 +241,14 @@ def test_transformers_own_rendering_of_odd_templates(reference):
 @pytest.mark.parametrize("token", ["<turn|>", "<|turn>", "<|image|>", "<audio|>", "<eos>", "<pad>"])
 def test_control_tokens_in_what_is_said(table, processor, token):
     path = table(f"prompt,response\nhi,ho\nhi,ho {token} ho\n")
-    dataset = Dataset(path, processor)
-    assert len(dataset[0])
     with pytest.raises(InputError, match=r"train.csv:3: the text contains the control token"):
-        dataset[1]
-    with pytest.raises(InputError, match=r"train.csv:2: the text contains a media placeholder"):
-        Dataset(table("text\na <|image|> b\n"), processor)[0]
+        Dataset(path, processor)
+    good, bad = read_examples(path)
+    assert len(processor.sample(good))
+    with pytest.raises(InputError, match=r"train.csv:3: the text contains the control token"):
+        processor.sample(bad)
+    with pytest.raises(InputError, match=r"train.csv:2: the text contains the control token <\|image\|>"):
+        Dataset(table("text\na <|image|> b\n"), processor)
 
 
 def test_answers_that_the_template_alters(table, processor):
