@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,7 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 def plot_loss(records: list[dict[str, Any]], path: str | Path, title: str = "") -> Path:
     """Training loss (each logged step and a moving average), validation loss, and the learning rate, as a PNG."""
-    from io import BytesIO
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     train = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
     valid = [(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r]
@@ -51,8 +47,44 @@ def plot_loss(records: list[dict[str, Any]], path: str | Path, title: str = "") 
     top.set(ylabel="cross entropy per token (nats)", title=title)
     top.legend()
     bottom.set(xlabel="optimizer step", ylabel="learning rate")
+    return _save(figure, path)
+
+
+def before_after(path: str | Path, rows: Sequence[tuple[str, float | None, float | None]], title: str = "") -> Path:
+    """Pairs of horizontal bars, one pair a row of (name, share before, share after), as a PNG; None leaves a bar out.
+
+    Shares are fractions of 1; those above 1 (word error rates can be) run into the frame, with their number beside it.
+    """
+    figure = _figure(8, 1 + 0.7 * len(rows))
+    axes = figure.subplots()
+    for i, (_, *shares) in enumerate(rows):
+        for j, share in enumerate(shares):
+            if share is not None:
+                y = i + (j - 0.5) * 0.38
+                axes.barh(y, min(share, 1.0), 0.36, color=("tab:gray", "tab:blue")[j])
+                axes.text(min(share, 1.0) + 0.01, y, f"{share:.1%}", va="center", fontsize=8)
+    for label, colour in (("before", "tab:gray"), ("after", "tab:blue")):
+        axes.barh(0, 0, color=colour, label=label)
+    axes.set_yticks(range(len(rows)), [name.strip() for name, *_ in rows])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12), title=title)
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure in inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | Path) -> Path:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    path = Path(path)
-    write_whole(path, buffer.getvalue())
-    return path
+    write_whole(Path(path), buffer.getvalue())
+    return Path(path)
