@@ -114,11 +114,13 @@ class TorchBackend:
         gradients = {path: self._arrays(map(_gradient, self._pair(path))) for path in self._adapters}
         return Result(float(out.loss.detach()), self._array(out.logits), gradients)
 
-    def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-        """One optimizer step on the batch; the loss before it."""
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> float:
+        """One optimizer step on the batch, gradients clipped to the global norm `max_norm`; the loss before it."""
         optimizer.zero_grad(set_to_none=True)
         loss = self.model(**self.tensors(batch), use_cache=False).loss
         loss.backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
         optimizer.step()
         return float(loss.detach())
 
@@ -136,7 +138,7 @@ class TorchBackend:
 
     def _arrays(self, pair: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """A and B in our orientation."""
-        a, b = (self._array(t).T for t in pair)
+        a, b = (self._array(t).T.copy() for t in pair)  # torch's own memory changes with the next step
         return a, b
 
 

@@ -37,6 +37,8 @@ def run_theirs(theirs, pixels, positions):
         (((9, 6), (6, 9), (3, 3), (12, 12)), 144),
         (((3, 3),), 630),  # the budget of 70 soft tokens, nearly all of it padding
         (((30, 21), (33, 18)), 630),
+        (((30, 42), (60, 21)), 1260),  # 140
+        (((60, 42), (9, 30)), 2520),  # 280
     ],
 )
 def test_soft_tokens(pair, grids, patches):
@@ -47,6 +49,20 @@ def test_soft_tokens(pair, grids, patches):
     assert got.shape == expected.shape == (sum(counts), 32)
     assert np.abs(got - expected).max() <= TOLERANCE
     assert np.abs(expected).mean() > 1  # the tolerance means something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(63, 78), (63, 63), (63, 159)])
+def test_largest_budgets(grid):
+    """560 and 1,120 soft tokens, in one layer of one head: the reference needs 0.4 GB for each score matrix."""
+    sizes = dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, position_embedding_size=160)
+    theirs, spec = reference.vision(**sizes)
+    ours = VisionTower(spec)
+    reference.copy_weights(theirs, ours)
+    pixels, positions, counts = tiny.image_inputs((grid,), 5040 if grid[1] < 100 else 10080)
+    expected = run_theirs(theirs, pixels, positions)
+    assert np.abs(np.array(ours(pixels, positions)) - expected).max() <= TOLERANCE
+    assert len(expected) == counts[0]
 
 
 def test_clips_cut(pair):

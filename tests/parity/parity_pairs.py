@@ -21,11 +21,11 @@ from gemma_mlx.models.load import load_model
 from gemma_mlx.torch_backend import TorchBackend
 
 PATTERNS: dict[str, dict] = {
-    # Layers, sharing, widths and heads in the manner of each. Of the seeds 0 to 19 these have low floors (see `noisy`):
-    # logits move by less than 5e-5 and gradients of adapters by less than 2e-4.
+    # Layers, sharing, widths and heads in the manner of each. Of the seeds tried (0 to 59) these have low floors (see
+    # `noisy`): logits move by less than 5e-5 and gradients of adapters by less than 2e-4.
     "E2B": dict(seed=10, text={}),
     "E4B": dict(
-        seed=2,
+        seed=34,
         text=dict(
             num_hidden_layers=12,
             layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 2,
