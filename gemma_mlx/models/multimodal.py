@@ -106,10 +106,13 @@ class Gemma4(nn.Module):
             out["audio_soft_tokens"] = self.model.embed_audio(soft)
         return out
 
-    def _check_slots(self, input_ids: np.ndarray | None, soft: dict[int, tuple[str, mx.array | None]]) -> None:
-        """Raise unless there are as many slots of each kind as soft tokens. Skipped while ids are being traced."""
+    def _check_ids(self, input_ids: np.ndarray | None, soft: dict[int, tuple[str, mx.array | None]]) -> None:
+        """Raise unless ids are in the vocabulary and each kind has as many slots as soft tokens. Not while tracing."""
         if input_ids is None:
             return
+        outside = input_ids[(input_ids < 0) | (input_ids >= self.spec.text.vocab_size)]
+        if outside.size:
+            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {self.spec.text.vocab_size - 1}")
         for token_id, (name, tokens) in soft.items():
             slots, found = int((input_ids == token_id).sum()), 0 if tokens is None else tokens.shape[0]
             if slots != found:
@@ -123,7 +126,7 @@ class Gemma4(nn.Module):
         """(embeddings [B, T, H] with the soft tokens spliced in, per-layer inputs [B, T, layers, width] or None).
 
         Raises:
-            InputError: the number of slots differs from the number of soft tokens.
+            InputError: the number of slots differs from the number of soft tokens; an id beyond the vocabulary.
         """
         spec, text = self.spec, self.model.language_model
         soft = {
@@ -131,7 +134,7 @@ class Gemma4(nn.Module):
             spec.audio_token_id: ("audio", audio_soft_tokens),
             spec.video_token_id: ("video", None),
         }
-        self._check_slots(_host(input_ids), soft)
+        self._check_ids(_host(input_ids), soft)
         ids = mx.array(input_ids)
         slots = {token_id: ids == token_id for token_id in soft}
         is_slot = slots[spec.image_token_id] | slots[spec.audio_token_id] | slots[spec.video_token_id]

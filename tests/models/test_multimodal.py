@@ -61,6 +61,13 @@ def test_slots_without_media_and_media_without_slots(model):
         model(input_ids=np.array([[2, tiny.VID, 5]]))
 
 
+@pytest.mark.parametrize("wrong", [-1, tiny.VOCAB])
+def test_id_outside_the_vocabulary(model, wrong):
+    """MLX would read whatever lies beyond the table."""
+    with pytest.raises(InputError, match=f"input_ids hold {wrong}; this checkpoint's ids are 0 to 511"):
+        model(input_ids=np.array([[2, 5, wrong]]))
+
+
 def test_media_that_cannot_be_encoded(tmp_path, model):
     pictures, clips = tiny.inputs("image"), tiny.inputs("audio")
     with pytest.raises(InputError, match="need image_position_ids"):
