@@ -110,9 +110,10 @@ class Gemma4(nn.Module):
         """Raise unless ids are in the vocabulary and each kind has as many slots as soft tokens. Not while tracing."""
         if input_ids is None:
             return
-        outside = input_ids[(input_ids < 0) | (input_ids >= self.spec.text.vocab_size)]
+        last = self.spec.text.vocab_size - 1
+        outside = input_ids[(input_ids < 0) | (input_ids > last)]
         if outside.size:
-            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {self.spec.text.vocab_size - 1}")
+            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
         for token_id, (name, tokens) in soft.items():
             slots, found = int((input_ids == token_id).sum()), 0 if tokens is None else tokens.shape[0]
             if slots != found:
