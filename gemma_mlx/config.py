@@ -74,8 +74,8 @@ class TrainConfig:
         choices=(70, 140, 280, 560, 1120),
     )
     long_audio: str = option(
-        "error", "text", "data", "Clips over 30 s: stop with an error, keep the first 30 s, or leave the row out.",
-        choices=("error", "truncate", "skip"),
+        "error", "text", "data", "Clips over 30 s: stop with an error, or keep the first 30 s.",
+        choices=("error", "truncate"),
     )  # fmt: skip
     train_on: str = option("all", "text", "data", "Model turns that count in the loss.", choices=("all", "last"))
 

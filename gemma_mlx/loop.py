@@ -1,0 +1,413 @@
+"""The spine of training: config -> Run, top to bottom.
+
+Everything that starts training builds a ``TrainConfig`` and calls ``train``. Nothing is written before the options,
+the checkpoint, the rows and the adapter's targets have been checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gemma_mlx import checkpoint, machine
+from gemma_mlx.config import CONFIG_FILE, TrainConfig, configure
+from gemma_mlx.data.batches import Batches
+from gemma_mlx.data.dataset import Dataset
+from gemma_mlx.data.examples import Prompts
+from gemma_mlx.data.processor import Processor
+from gemma_mlx.errors import InputError
+from gemma_mlx.files import flush, write_whole
+from gemma_mlx.lora import apply_lora, lora_parameters, save_adapter
+from gemma_mlx.models.load import load_model, resolve
+from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
+from gemma_mlx.plots import plot_loss, read_metrics
+from gemma_mlx.progress import Reporter, duration
+from gemma_mlx.signals import Interrupted, StopRequest, stop_request
+from gemma_mlx.step import Step
+
+METRICS = "metrics.jsonl"
+ADAPTER = "adapter"
+REPORT = "report.json"
+PLOT = "loss.png"
+PAD_MULTIPLE = {"gpu": 32, "cpu": 8}
+"""Rows are padded to a multiple of so many tokens: few shapes to compile, against wasted work (dear on a CPU)."""
+
+
+@dataclass
+class Window:
+    """Sums since the last line of metrics.jsonl."""
+
+    steps: int = 0
+    loss: float = 0.0
+    labels: int = 0
+    correct: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+
+
+@dataclass
+class Progress:
+    """All of a run's state that is not an array; goes into every checkpoint as JSON, which keeps floats exactly."""
+
+    step: int = 0
+    data: dict[str, int] | None = None
+    evaluated: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    metrics_bytes: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    seconds: float = 0.0
+    window: Window = field(default_factory=Window)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def restored(cls, step: int, state: dict[str, Any]) -> Progress:
+        """The progress of a checkpoint."""
+        return cls(**{**state, "step": step, "window": Window(**state["window"])})
+
+
+@dataclass
+class Run:
+    """A finished run: where it lies, what it found, and the model with the last step's adapter still on it."""
+
+    folder: Path
+    config: TrainConfig
+    report: dict[str, Any]
+    model: Any
+    processor: Processor
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the best adapter (the last one if there was no validation)."""
+        return self.folder / ADAPTER
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.folder / METRICS)
+
+
+def finetune(model: Any, *, processor: Processor | None = None, quiet: bool = False, **options: Any) -> Run:
+    """Fine-tune from Python: ``finetune("google/gemma-4-E2B-it", data="train.csv", out="runs/x", rank=8)``.
+
+    ``model`` is a folder, a Hub id, or a loaded model with its ``processor``; the adapter is put on it in place. The
+    options are those of ``TrainConfig``. Raises InputError for bad input and ``Interrupted`` after a signal.
+    """
+    if isinstance(model, str | Path):
+        return train(configure({"model": str(model), **options}), quiet=quiet)
+    if processor is None:
+        raise InputError("finetune: a loaded model needs its processor too: finetune(model, processor=processor, ...)")
+    return train(configure({"model": str(processor.folder), **options}), model, processor, quiet)
+
+
+def train(config: TrainConfig, model: Any = None, processor: Processor | None = None, quiet: bool = False) -> Run:
+    """Train as ``config`` says and leave everything in its run folder."""
+    say = Reporter(quiet)
+    folder = checked_folder(config)
+    machine.set_limits()
+    if model is None:
+        source = resolve(config.model)
+        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
+        processor = Processor(source, model.spec)
+    processor = with_options(processor, config)
+    rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
+    paths = apply_lora(model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed)
+    job = Job(config, folder, model, processor, rows, valid, say)
+    say.say(
+        f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; adapters on {len(paths)} "
+        f"layers, {sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
+    )
+    try:
+        with machine.awake(), stop_request() as stop:
+            job.start()
+            while not job.done:
+                job.advance(stop)
+            report = job.finish()
+    finally:
+        job.close()
+    return Run(folder, config, report, model, processor)
+
+
+def checked_folder(config: TrainConfig) -> Path:
+    """The run folder, after checking that the needed options are there and that no run would be overwritten."""
+    for name in ("model", "data", "out"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is missing: {name} is needed to train")
+    folder = Path(config.out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: this is a file; name a folder")
+    holds_run = [n for n in (CONFIG_FILE, METRICS, checkpoint.FOLDER) if (folder / n).exists()]
+    if holds_run and not config.resume:
+        raise InputError(f"--out {folder}: holds a run already ({holds_run[0]}); add --resume, or name another folder")
+    return folder
+
+
+def with_options(processor: Processor, config: TrainConfig) -> Processor:
+    """A processor of the same checkpoint with the run's data options."""
+    return Processor(
+        processor.folder, processor.spec, image_tokens=config.image_tokens, long_audio=config.long_audio,
+        train_on=config.train_on,
+    )  # fmt: skip
+
+
+def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: Reporter) -> Dataset | None:
+    """The rows of a CSV, each checked: its texts rendered, its media's headers read. Raises InputError (file:line)."""
+    if path is None:
+        return None
+    prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
+    rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
+    with ThreadPoolExecutor(4) as pool:
+        check = pool.map(lambda e: processor.sample(e, with_features=False).label_count, rows.examples)
+        for _ in say.each(check, len(rows), f"checking {path}"):
+            pass
+    return rows
+
+
+def total_steps(config: TrainConfig, batches: int) -> int:
+    """Optimizer steps of the whole run over data of so many batches an epoch."""
+    return config.steps or max(1, math.ceil(config.epochs * batches / config.accumulate))
+
+
+class Job:
+    """A run under way: arrays, progress, and the files they go to."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, model: Any, processor: Processor, rows: Dataset,
+        valid: Dataset | None, say: Reporter,
+    ):  # fmt: skip
+        self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
+        self.step = Step(model, config.dropout, config.clip)
+        self.weights: Weights = lora_parameters(model)
+        self.moments = adamw_init(self.weights)
+        self.pad_id = processor.pad_id
+        self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
+        self.batches = Batches(
+            rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple
+        )  # fmt: skip
+        self.total = total_steps(config, len(self.batches))
+        self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
+        self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
+
+    @property
+    def done(self) -> bool:
+        """All steps taken, or stopped early, and nothing left to evaluate."""
+        p, c = self.progress, self.config
+        early = bool(c.patience) and p.stale >= c.patience
+        return (p.step >= self.total or early) and not self._due(c.eval_every, p.evaluated, bool(self.valid))
+
+    def _due(self, every: int, last: int, wanted: bool = True) -> bool:
+        step = self.progress.step
+        return wanted and step > last and (step >= self.total or (every > 0 and step % every == 0))
+
+    def start(self) -> None:
+        """Read the base's weights, go to the newest checkpoint if resuming, create the folder."""
+        mx.eval(self.model.parameters())  # a compiled step would otherwise read them from disk each time
+        if self.config.resume:
+            self._resume()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / CONFIG_FILE, self.config.to_yaml().encode())
+        metrics = self.folder / METRICS
+        with metrics.open("ab") as f:
+            f.truncate(self.progress.metrics_bytes)
+        self.step.install(self.weights)
+        mx.reset_peak_memory()
+        self.say.begin(self.progress.step, self.total)
+
+    def _resume(self) -> None:
+        snapshot, warnings = checkpoint.newest(self.folder)
+        for line in warnings:
+            self.say.warn(line)
+        if snapshot is None:
+            return
+        files = self.progress.files
+        self.progress = Progress.restored(snapshot.step, snapshot.state)
+        for name, found in files.items():
+            if found != self.progress.files[name]:
+                raise InputError(f"--{name} {getattr(self.config, name)}: the file changed since the run began")
+        shapes = {name: w.shape for name, w in self.weights.items()}
+        if {name: w.shape for name, w in snapshot.weights.items()} != shapes:
+            raise InputError(f"{self.folder}: the checkpoint's adapter does not fit this model")
+        self.weights, self.moments = snapshot.weights, snapshot.moments
+        self.saved = (snapshot.step, self.progress.evaluated)
+        self.batches.seek(self.progress.data)
+        self.say.say(f"resumed at step {snapshot.step}")
+
+    def advance(self, stop: StopRequest) -> None:
+        """One step, then whatever is due after it. A signal ends the run here, after saving."""
+        p, c = self.progress, self.config
+        if p.step < self.total and not self._due(c.eval_every, p.evaluated, bool(self.valid)):
+            self._train_step()
+        if self._due(c.eval_every, p.evaluated, bool(self.valid)) and not stop:
+            self._validate(stop)
+        if self._due(c.save_every, self.saved[0]):
+            self.save()
+        if stop:
+            self.save()
+            raise Interrupted(
+                f"stopped at step {p.step} of {self.total}; go on with: python -m gemma_mlx.train --resume "
+                f"--out {self.folder}",
+                stop.signum,
+            )
+
+    def _train_step(self) -> None:
+        """Sum gradients over the accumulated batches, divide once by their labels, clip, update, log."""
+        p, c, began, wait = self.progress, self.config, time.perf_counter(), 0.0
+        grads, total, correct, labels, tokens = None, mx.array(0.0), mx.array(0.0), 0, 0
+        for micro in range(c.accumulate):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            wait += time.perf_counter() - asked
+            ready = self.step.prepare(batch)
+            more, loss, hits = self.step.gradients(self.weights, ready, dropout_key(c.seed, p.step, micro))
+            grads = more if grads is None else {name: g + more[name] for name, g in grads.items()}
+            total, correct, labels, tokens = total + loss, correct + hits, labels + ready.labels, tokens + ready.tokens
+            if c.accumulate > 1:
+                mx.eval(grads, total, correct)
+        lr = learning_rate(p.step, self.total, c.lr, c.schedule, c.warmup, c.min_lr)
+        scalars = adamw_scalars(p.step + 1, lr, c.weight_decay)
+        self.weights, self.moments, norm = self.step.apply(self.weights, self.moments, grads, labels, scalars)
+        mx.eval(self.weights, self.moments, norm, total, correct)
+        self.step.install(self.weights)
+        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
+            raise InputError(f"step {p.step + 1}: loss or gradient is not finite; lower --lr, or resume with less")
+        p.step, p.data = p.step + 1, self.batches.state()
+        seconds = time.perf_counter() - began
+        p.tokens, p.label_tokens, p.seconds = p.tokens + tokens, p.label_tokens + labels, p.seconds + seconds
+        w = p.window
+        w.steps, w.loss, w.labels, w.correct = (
+            w.steps + 1,
+            w.loss + total.item(),
+            w.labels + labels,
+            w.correct + correct.item(),
+        )
+        w.tokens, w.seconds, w.wait = w.tokens + tokens, w.seconds + seconds, w.wait + wait
+        if p.step % c.log_every == 0 or p.step == self.total:
+            self._log_window(lr, norm.item())
+
+    def _log_window(self, lr: float, norm: float) -> None:
+        p, w = self.progress, self.progress.window
+        record = {
+            "step": p.step,
+            "loss": w.loss / max(w.labels, 1),
+            "lr": lr,
+            "grad_norm": norm,
+            "token_accuracy": w.correct / max(w.labels, 1),
+            "tokens": p.tokens,
+            "label_tokens": p.label_tokens,
+            "tokens_per_second": w.tokens / max(w.seconds, 1e-9),
+            "step_seconds": w.seconds / w.steps,
+            "data_wait": w.wait / w.steps,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        p.window = Window()
+        self._write(record)
+        self.say.step(record, self.total)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        with (self.folder / METRICS).open("ab") as f:
+            f.write(line)
+        self.progress.metrics_bytes += len(line)
+
+    def _validate(self, stop: StopRequest) -> None:
+        """Loss and token accuracy on the validation rows; keeps the adapter if it is the best yet."""
+        loss, correct, labels = 0.0, 0.0, 0
+        with Batches(
+            self.valid, self.config.batch_size, self.pad_id, shuffle=False, epochs=1, pad_to_multiple=self.multiple
+        ) as batches:
+            for batch in batches:
+                ready = self.step.prepare(batch)
+                total, hits = self.step.evaluate(self.weights, ready)
+                mx.eval(total, hits)
+                loss, correct, labels = loss + total.item(), correct + hits.item(), labels + ready.labels
+                if stop:
+                    return  # not evaluated; the resumed run does it again
+        p = self.progress
+        p.evaluated = p.step
+        record = {"step": p.step, "valid_loss": loss / max(labels, 1), "valid_accuracy": correct / max(labels, 1)}
+        better = p.best_loss is None or record["valid_loss"] < p.best_loss
+        if better:
+            p.best_loss, p.best_step, p.stale = record["valid_loss"], p.step, 0
+            self._save_adapter()
+        else:
+            p.stale += 1
+        self._write(record)
+        self.say.say(
+            f"step {p.step}: validation loss {record['valid_loss']:.4f}, token accuracy "
+            f"{record['valid_accuracy']:.1%}{' (best)' if better else ''}"
+        )
+
+    def _save_adapter(self) -> None:
+        save_adapter(self.model, self.folder / ADAPTER, base_model=self.config.model, targets=self.config.targets)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        if self.saved == (self.progress.step, self.progress.evaluated):
+            return
+        flush(self.folder / METRICS)
+        state = dataclasses.asdict(self.progress)
+        step = state.pop("step")
+        state["data"] = self.batches.state()
+        checkpoint.save(self.folder, checkpoint.Snapshot(step, self.weights, self.moments, state), self.config.keep)
+        self.saved = (step, self.progress.evaluated)
+
+    def finish(self) -> dict[str, Any]:
+        """Last checkpoint, adapter, plot and report."""
+        p = self.progress
+        self.save()
+        if p.best_step is None:
+            self._save_adapter()
+        records = read_metrics(self.folder / METRICS)
+        losses = [r["loss"] for r in records if "loss" in r][-20:]
+        report = {
+            "steps": p.step,
+            "stopped_early": p.step < self.total,
+            "final_loss": sum(losses) / max(len(losses), 1),
+            "best_step": p.best_step,
+            "best_valid_loss": p.best_loss,
+            "tokens": p.tokens,
+            "label_tokens": p.label_tokens,
+            "train_seconds": p.seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "adapter_weights": sum(w.size for w in self.weights.values()),
+            "compiled": self.step.compiled,
+            "device": machine.describe(),
+            "config": dataclasses.asdict(self.config),
+        }
+        plot_loss(records, self.folder / PLOT, title=str(self.folder))
+        write_whole(self.folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+        self.say.end()
+        best = f", best validation loss {p.best_loss:.4f} at step {p.best_step}" if p.best_step else ""
+        self.say.say(f"{p.step} steps in {duration(p.seconds)}{best}; adapter: {self.folder / ADAPTER}")
+        return report
+
+    def close(self) -> None:
+        """Stop the readers and the bar."""
+        self.batches.close()
+        self.say.end()
+
+
+def dropout_key(seed: int, step: int, micro: int) -> mx.array:
+    """The random key of one batch's dropout: follows from its place alone, so no generator state is needed."""
+    return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
+
+
+def digest(path: str | None) -> str:
+    """sha256 of a file's bytes, "" for None."""
+    if path is None:
+        return ""
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,170 @@
+"""One training step: batch in, gradients of the adapter out, compiled where it can be.
+
+The functions that are compiled take everything that changes as arguments (adapter weights, arrays of the batch, the
+dropout key) and have no hidden state. What needs concrete values (where the soft tokens lie, which positions have a
+label) is counted in numpy beforehand and passed as index arrays of few lengths.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gemma_mlx.batch import Batch
+from gemma_mlx.errors import InputError
+from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
+from gemma_mlx.loss import label_positions, loss_sum
+from gemma_mlx.models.gemma4.audio import soft_token_index as audio_index
+from gemma_mlx.models.gemma4.vision import soft_token_index as image_index
+from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
+
+COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
+"""``off`` runs every step uncompiled."""
+SOFT_BUCKET = 64
+"""Soft-token lists are padded to a multiple of this in compiled steps."""
+
+Arrays = dict[str, mx.array]
+_MEDIA = {
+    "image": ("pixel_values", "image_position_ids", "image_index"),
+    "audio": ("input_features", "input_features_mask", "audio_index"),
+}
+
+
+@dataclass
+class Prepared:
+    """A batch as the step takes it: MLX arrays, and what was counted on the way."""
+
+    arrays: Arrays
+    labels: int
+    tokens: int
+    rows: int
+
+
+def can_compile() -> bool:
+    """Whether steps are compiled: always on a GPU; on a CPU if there is a C++ compiler, which MLX calls."""
+    if os.environ.get(COMPILE_VARIABLE, "").lower() in ("off", "0", "no", "false"):
+        return False
+    return mx.default_device().type == mx.gpu or bool(shutil.which("g++") or shutil.which("clang++"))
+
+
+def _padded(index: np.ndarray, multiple: int) -> np.ndarray:
+    """``index`` filled up with its last value to a multiple; the extra soft tokens are never spliced."""
+    return np.pad(index, (0, -len(index) % multiple), mode="edge") if len(index) else index
+
+
+def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
+    """Count, check and move a batch to MLX arrays.
+
+    Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
+    """
+    arrays: dict[str, np.ndarray] = {"input_ids": batch.input_ids, **label_positions(batch.labels)}
+    indices: dict[str, np.ndarray] = {}
+    if batch.pixel_values is not None:
+        arrays |= {"pixel_values": batch.pixel_values, "image_position_ids": batch.image_position_ids}
+        indices["image"] = image_index(batch.image_position_ids, spec.vision.pooling_kernel_size)
+    if batch.input_features is not None:
+        arrays |= {"input_features": batch.input_features, "input_features_mask": batch.input_features_mask}
+        indices["audio"] = audio_index(batch.input_features_mask)
+    for kind, token_id in (("image", spec.image_token_id), ("audio", spec.audio_token_id)):
+        slots, found = int((batch.input_ids == token_id).sum()), len(indices.get(kind, ()))
+        if slots != found:
+            rows = ", ".join(batch.row_ids[:4])
+            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {found} soft tokens")
+    arrays |= {f"{kind}_index": _padded(index, bucket) for kind, index in indices.items()}
+    tokens = int(batch.attention_mask.sum())
+    return Prepared({k: mx.array(v) for k, v in arrays.items()}, batch.label_count, tokens, len(batch.input_ids))
+
+
+class Step:
+    """The functions of one training step over a model with adapters.
+
+    ``compiled`` defaults to ``can_compile()``. Towers without an adapter are encoded by a function of their own,
+    outside the one that is differentiated, where MLX's fused attention is available.
+    """
+
+    def __init__(self, model: Any, dropout: float = 0.0, clip: float = 0.0, compiled: bool | None = None):
+        self.model = model
+        self.layers = lora_layers(model)
+        self.dropout, self.clip = dropout, clip
+        self.compiled = can_compile() if compiled is None else compiled
+        self.trained = {
+            kind for kind in _MEDIA if any(f"{part}." in f"{path}." for path in self.layers for part in _towers(kind))
+        }
+        wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
+        self._gradients = wrap(mx.value_and_grad(self._loss))
+        self._evaluate = wrap(self._loss)
+        self._apply = wrap(self._updated)
+        self._encode = {kind: wrap(lambda arrays, kind=kind: self._soft_tokens(kind, arrays)) for kind in _MEDIA}
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """``prepare`` with the padding that compiled steps need, soft tokens of frozen towers included."""
+        ready = prepare(batch, self.model.spec, SOFT_BUCKET if self.compiled else 1)
+        for kind, names in _MEDIA.items():
+            if kind not in self.trained and names[0] in ready.arrays:
+                ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind]({n: ready.arrays.pop(n) for n in names})
+        return ready
+
+    def gradients(self, weights: Weights, ready: Prepared, key: mx.array) -> tuple[Weights, mx.array, mx.array]:
+        """(gradients of the summed loss by tensor name, loss sum, correct argmaxes), lazy.
+
+        ``key`` decides the dropout masks.
+        """
+        (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
+        return grads, total, correct
+
+    def evaluate(self, weights: Weights, ready: Prepared) -> tuple[mx.array, mx.array]:
+        """(loss sum, correct argmaxes) without dropout, lazy."""
+        return self._call(self._evaluate, weights, ready.arrays, None)
+
+    def apply(
+        self, weights: Weights, moments: dict[str, Weights], grads: Weights, count: int, scalars: mx.array
+    ) -> tuple[Weights, dict[str, Weights], mx.array]:
+        """(new weights, new moments, gradient norm before clipping) from summed gradients over ``count`` labels."""
+        return self._apply(weights, moments, grads, mx.array(1.0 / max(count, 1)), scalars)
+
+    def install(self, weights: Weights) -> None:
+        """Put adapter tensors into the model's layers."""
+        for path, layer in self.layers.items():
+            layer.lora_a, layer.lora_b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        """Call, then put the real weights back: tracing leaves its placeholders in the model."""
+        held = lora_parameters(self.model)
+        try:
+            return function(*arguments)
+        finally:
+            self.install(held)
+
+    def _loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
+        self.install(weights)
+        with dropout_keys(list(self.layers.values()), key if self.dropout else None):
+            soft = {}
+            for kind, names in _MEDIA.items():
+                name = f"{kind}_soft_tokens"
+                if name in arrays:
+                    soft[name] = arrays[name]
+                elif names[0] in arrays:
+                    soft[name] = self._soft_tokens(kind, arrays)
+            hidden = self.model.hidden(arrays["input_ids"], **soft)
+            return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
+
+    def _soft_tokens(self, kind: str, arrays: Arrays) -> mx.array:
+        tower, embedder = (getattr(self.model.model, name) for name in _towers(kind))
+        return embedder(tower(*(arrays[name] for name in _MEDIA[kind])))
+
+    def _updated(
+        self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array
+    ) -> tuple[Weights, dict[str, Weights], mx.array]:
+        grads, norm = clip_by_norm({name: g * share for name, g in grads.items()}, self.clip)
+        return *adamw_update(weights, moments, grads, scalars), norm
+
+
+def _towers(kind: str) -> tuple[str, str]:
+    """Module names of a medium's tower and embedder."""
+    return ("vision_tower", "embed_vision") if kind == "image" else ("audio_tower", "embed_audio")
