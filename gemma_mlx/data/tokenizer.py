@@ -65,11 +65,8 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`, without the tokens that structure a conversation unless asked for."""
-        kept = [int(i) for i in ids]
-        if skip_special_tokens:
-            kept = [i for i in kept if i not in self._control_ids]
-        return self._tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
+        """The text of `ids`, without the tokens that the vocabulary marks as special unless they are asked for."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int | None:
         """The id of a whole token, None where the vocabulary lacks it."""
@@ -114,10 +111,6 @@ class Tokenizer:
         ids = (s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id)
         found = [self.text_of(i) for i in (*ids, s.boa_token_id, s.audio_token_id, s.eoa_token_id)]
         return tuple(token for token in found if token)
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.token_to_id(token) for token in self.control_tokens)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

@@ -236,14 +236,19 @@ def test_dataset_keeps_samples_within_its_limit(table, processor, monkeypatch):
     first, second = list(dataset), list(dataset)
     assert read == list("abcde") and all(a is b for a, b in zip(first, second, strict=True))
     read.clear()
-    small = Dataset(path, processor, cache_bytes=first[0].nbytes + first[1].nbytes)
-    for i in (0, 1, 0, 3, 0):
-        assert np.array_equal(small[i].input_ids, first[i].input_ids)
-    assert read == ["a", "b", "d", "a"] or read == ["a", "b", "d"]
-    assert small._cached == sum(s.nbytes for s in small._cache.values()) <= first[0].nbytes + first[1].nbytes
-    read.clear()
     none = Dataset(path, processor, cache_bytes=0)
     assert none[2] is not none[2] and read == ["c", "c"]
+
+
+def test_dataset_drops_the_longest_unused(table, processor, monkeypatch):
+    path = table("id,prompt,response\n" + "".join(f"{i},hi,ho\n" for i in range(4)))
+    size = Dataset(path, processor)[0].nbytes
+    dataset, read, make = Dataset(path, processor, cache_bytes=2 * size), [], processor.sample
+    monkeypatch.setattr(processor, "sample", lambda example: read.append(example.row_id) or make(example))
+    for i in (0, 1, 0, 2, 0, 1, 3, 1):
+        dataset[i]
+    assert read == ["0", "1", "2", "1", "3"]
+    assert dataset._cached == sum(s.nbytes for s in dataset._cache.values()) == 2 * size
 
 
 def test_bad_media_name_their_line(table, processor, tmp_path):

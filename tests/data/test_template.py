@@ -9,7 +9,7 @@ from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.dataset import Dataset, read_examples
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
 from gemma_mlx.data.processor import Processor
-from gemma_mlx.data.template import messages_of
+from gemma_mlx.data.template import messages_of, render_conversation
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import read_spec
 
@@ -159,6 +159,8 @@ def test_generation_prompt_with_an_empty_thought(media, thinking_checkpoint):
     labels = [IGNORE_INDEX] * len(prompt) + answer[:n] + [IGNORE_INDEX] * len(newline)
     assert sample.labels.tolist() == labels
     assert np.array_equal(processor.prompt(example).input_ids, prompt)
+    rendered = render_conversation(example, processor.template)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["the sun<turn|>"]
 
 
 def test_the_prompt_stays_whole_where_a_token_would_reach_over_its_end(tmp_path):
