@@ -189,7 +189,7 @@ class Job:
         valid: Dataset | None, say: Reporter,
     ):  # fmt: skip
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
-        self.step = Step(model, config.dropout, config.clip)
+        self.step = Step(model, config.clip)
         self.weights: Weights = lora_parameters(model)
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id
@@ -240,7 +240,9 @@ class Job:
         shapes = {name: w.shape for name, w in self.weights.items()}
         if {name: w.shape for name, w in snapshot.weights.items()} != shapes:
             raise InputError(f"{self.folder}: the checkpoint's adapter does not fit this model")
-        self.weights, self.moments = snapshot.weights, snapshot.moments
+        # In the model's order: the norm's sum over tensors must not follow the order of a file.
+        self.weights = {name: snapshot.weights[name] for name in shapes}
+        self.moments = {kind: {name: group[name] for name in shapes} for kind, group in snapshot.moments.items()}
         self.saved = (snapshot.step, self.progress.evaluated)
         self.batches.seek(self.progress.data)
         self.say.say(f"resumed at step {snapshot.step}")

@@ -88,10 +88,11 @@ class Step:
     outside the one that is differentiated, where MLX's fused attention is available.
     """
 
-    def __init__(self, model: Any, dropout: float = 0.0, clip: float = 0.0, compiled: bool | None = None):
+    def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None):
         self.model = model
         self.layers = lora_layers(model)
-        self.dropout, self.clip = dropout, clip
+        self.clip = clip
+        self.dropout = any(layer.dropout for layer in self.layers.values())
         self.compiled = can_compile() if compiled is None else compiled
         self.trained = {
             kind for kind in _MEDIA if any(f"{part}." in f"{path}." for path in self.layers for part in _towers(kind))

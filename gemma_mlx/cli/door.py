@@ -26,9 +26,10 @@ def enter(command: click.Command, arguments: Sequence[str] | None = None, name: 
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signum
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        reason = stop if isinstance(stop, Interrupted) else stop.__cause__  # click wraps every KeyboardInterrupt
+        if isinstance(reason, Interrupted):
+            print(reason, file=sys.stderr)
+            return 128 + reason.signum
         print("interrupted", file=sys.stderr)
         return 130
