@@ -217,7 +217,7 @@ class RowReader:
         found = f"found {', '.join(self.columns)}"
         for name, column in self.mapping.items():
             if name not in STANDARD:
-                raise InputError(f"--column {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
+                raise InputError(f"--columns {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
             if column and column not in self.columns:
                 raise InputError(f"{self.table}:1: missing column {column!r} (mapped to {name!r}); {found}")
         self._source = {name: self.mapping.get(name, name) for name in STANDARD}
@@ -226,13 +226,13 @@ class RowReader:
             name = _MISNAMED.get(column.lower(), "")
             if name and name not in self._source and name not in self.mapping and column not in self._source.values():
                 raise InputError(
-                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --column "
-                    f"{name}={column} (--column {name}= leaves it unread)"
+                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --columns "
+                    f"{name}={column} (--columns {name}= leaves it unread)"
                 )
         if self.need_answer and not any(name in self._source for name in ANSWERS):
             raise InputError(
                 f"{self.table}:1: missing column: none of {', '.join(ANSWERS)}; {found}. Name the column that the "
-                f"model is to learn, or map it: --column text={self.columns[-1]}"
+                f"model is to learn, or map it: --columns text={self.columns[-1]}"
             )
 
     def example(self, row: Row) -> Example:
