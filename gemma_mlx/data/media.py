@@ -6,6 +6,7 @@ pictures, with pillow-heif (the extra ``media``) for HEIC. Every failure is an `
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs (a quarter of a gigabyte of RGB)."""
 
 _LIMIT_S = MAX_AUDIO_SAMPLES // SAMPLE_RATE
+_UNKNOWN = 1 << 40
+"""Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
 _NEEDS_AV = {".m4a", ".mp4", ".aac", ".m4b", ".mov", ".mkv", ".webm", ".3gp", ".wma", ".amr"}
 _HEIF = {".heic", ".heif", ".avif"}
 
@@ -62,7 +65,7 @@ def audio_samples(path: str | Path, where: str = "", long_audio: str = "error") 
             info = soundfile.info(str(path))
         except (soundfile.LibsndfileError, OSError):
             return len(load_audio(path, where, long_audio))  # says what is wrong
-        if info.frames > 0 and info.frames / info.samplerate <= _LIMIT_S:
+        if 0 < info.frames < _UNKNOWN and info.frames / info.samplerate <= _LIMIT_S:
             return resampled_length(info.frames, info.samplerate)
     return len(load_audio(path, where, long_audio))
 
@@ -75,8 +78,8 @@ def resampled_length(samples: int, rate: int) -> int:
 def _check_length(seconds: float, told: str, long_audio: str) -> None:
     if seconds > _LIMIT_S and long_audio == "error":
         raise InputError(
-            f"{told}: over-long audio: {seconds:.1f} s, the limit is {_LIMIT_S} s; cut the clip, or choose long_audio "
-            f"'truncate' to use its first {_LIMIT_S} s"
+            f"{told}: over-long audio: {seconds:.1f} s, the limit is {_LIMIT_S} s; cut the clip, or use its first "
+            f"{_LIMIT_S} s with --long-audio truncate"
         )
 
 
@@ -93,13 +96,19 @@ def _decode(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate = file.samplerate
+            if file.frames >= _UNKNOWN:
+                raise RuntimeError("its header gives no length")
             _check_length(file.frames / rate, told, long_audio)
             wave = file.read(min(file.frames, _LIMIT_S * rate), dtype="float32", always_2d=True)
     except InputError:
         raise
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+        # PyAV also reads streams without a length and formats by another name; for the rest it says what is wrong.
+        if importlib.util.find_spec("av"):
+            return _decode_av(path, told, long_audio)
         raise InputError(
-            f"{told}: unreadable audio ({str(e).splitlines()[0]}); expected a whole wav, flac, ogg or mp3 file"
+            f"{told}: unreadable audio ({str(e).splitlines()[0]}); expected a whole wav, flac, ogg or mp3 file "
+            "(pip install 'gemma-mlx[media]' for more formats)"
         ) from None
     return wave, rate
 

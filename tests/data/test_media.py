@@ -99,6 +99,25 @@ def test_unreadable_audio(tmp_path, suffix):
     assert str(caught.value).startswith(f"train.csv:8: {path}: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("av", [True, False])
+def test_a_stream_without_a_length(tmp_path, monkeypatch, av):
+    """FLAC written to a pipe: the header has no number of samples."""
+    path, wave = tmp_path / "a.flac", tone(8000, 16_000)
+    soundfile.write(path, wave, 16_000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # STREAMINFO: 36 bits of total samples
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    if av:
+        pytest.importorskip("av")
+        assert np.abs(load_audio(path) - wave[:, 0]).max() < 1e-4
+        assert audio_samples(path) == 8000
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"unreadable audio \(its header gives no length\).*pip install"):
+            load_audio(path)
+
+
 def test_wrong_sample_format(tmp_path):
     """A WAV header that promises a codec which nothing reads."""
     path = tmp_path / "a.wav"
@@ -139,7 +158,7 @@ def test_over_long_audio(tmp_path, rate):
         load_audio(path, "train.csv:8")
     message = str(caught.value)
     assert message.startswith(f"train.csv:8: {path}: over-long audio: 31.0 s, the limit is 30 s")
-    assert "'truncate'" in message
+    assert "--long-audio truncate" in message
     kept = load_audio(path, long_audio="truncate")
     assert len(kept) == 480_000 == audio_samples(path, long_audio="truncate")
     if rate == 16_000:
