@@ -174,11 +174,12 @@ def banded_attention(
         masked: finite score of keys that may not be attended to.
 
     Returns:
-        float32 [M, T, heads · d]; finite junk in rows without a valid key.
+        float32 [M, T, heads · d]. A row without a valid key averages its context, as in the reference (whose blocks
+        are these): with padding in front that reaches valid frames through the causal convolution.
     """
     m, frames, heads, d = q.shape
     window = relative.shape[0]
-    size = max(min(BLOCK, frames), window - 1)
+    size = max(BLOCK, window - 1)
     blocks = -(-frames // size)
     fill = blocks * size - frames
 
@@ -307,7 +308,7 @@ class AudioTower(nn.Module):
 
         Args:
             input_features: [M, F, 128] log-mel.
-            input_features_mask: bool [M, F], true on valid frames, which come first.
+            input_features_mask: bool [M, F], true on valid frames.
             valid_index: `soft_token_index(input_features_mask)` as an array; give it where this call is traced
                 (compiled), since it cannot be computed there.
 
@@ -320,7 +321,7 @@ class AudioTower(nn.Module):
         return mx.take(dense.reshape(-1, dense.shape[-1]), valid_index, axis=0)
 
     def encode(self, input_features: mx.array, input_features_mask: mx.array | None) -> mx.array:
-        """The padded form: [M, ceil(F / 4), output_proj_dims], finite junk behind each clip's soft tokens.
+        """The padded form: [M, ceil(F / 4), output_proj_dims], finite junk where the mask is false.
 
         Pure array operations of shapes known beforehand: can be traced, compiled and differentiated.
         """
