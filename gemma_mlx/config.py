@@ -156,6 +156,9 @@ class TrainConfig:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+REMEMBERED = ("audio_window", "image_tokens", "audio_prompt", "image_prompt", "system")
+"""Options that decide what the model is given: an adapter must be used with those it was trained with."""
+
 FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}
 """Option name -> field, in the order of the help page."""
 

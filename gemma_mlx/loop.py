@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
-from gemma_mlx.config import CONFIG_FILE, TrainConfig, configure
+from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
@@ -353,7 +353,9 @@ class Job:
         )
 
     def _save_adapter(self) -> None:
-        save_adapter(self.model, self.folder / ADAPTER, base_model=self.config.model, targets=self.config.targets)
+        c = self.config
+        options = {name: getattr(c, name) for name in REMEMBERED}
+        save_adapter(self.model, self.folder / ADAPTER, base_model=c.model, targets=c.targets, options=options)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""

@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -250,12 +250,16 @@ def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | N
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, base_model: str | None = None, targets: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    base_model: str | None = None,
+    targets: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's layout (``adapters.safetensors``, ``adapter_config.json``); returns the folder.
 
     Each file is replaced whole. Beside mlx-lm's fields the config holds, under ``gemma_mlx``, the format version, the
-    base model's name, the targets as given, and alpha.
+    base model's name, the targets as given, alpha, and ``options``: what the adapter must be used with again.
     """
     layers = lora_layers(model)
     if not layers:
@@ -269,6 +273,7 @@ def save_adapter(
         "lora_parameters": {"rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers)},
         "gemma_mlx": {
             "format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "alpha": first.scale * rank,
+            "options": dict(options or {}),
         },
     }  # fmt: skip
     folder = Path(folder)
@@ -296,6 +301,12 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             f"format {version}, rank {rank}, {len(keys)} layers"
         )
     return {"rank": rank, "scale": scale, "dropout": float(parameters.get("dropout", 0.0)), "keys": keys, "raw": config}
+
+
+def remembered_options(folder: str | Path | None) -> dict[str, Any]:
+    """The options an adapter was trained with and must be used with (prompts, audio window, ...); {} for None."""
+    own = {} if folder is None else read_adapter_config(folder)["raw"].get("gemma_mlx") or {}
+    return {name: value for name, value in own.get("options", {}).items() if value is not None}
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -44,21 +44,29 @@ class Reporter:
         self.say(f"warning: {text}")
         self.quiet = quiet
 
-    def each(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-        """Pass items on, with a bar that appears if it takes more than two seconds."""
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A function of (done, total): after two seconds it shows them, on a terminal in place, elsewhere as lines."""
         started = told = time.monotonic()
         tty = sys.stderr.isatty() and not self.quiet
+
+        def count(done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if tty and done == total:
+                print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            elif now - started > 2.0 and now - told > (0.2 if tty else LINE_SECONDS) and not self.quiet:
+                told = now
+                text = f"{what}: {done}/{total}, {duration((now - started) / done * (total - done))} left"
+                print(f"\r\x1b[2K{text}" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
+
+        return count
+
+    def each(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+        """Pass items on, counted as by ``counter``."""
+        count = self.counter(what)
         for i, item in enumerate(items):
             yield item
-            now = time.monotonic()
-            wait = 0.2 if tty else LINE_SECONDS
-            if now - started > 2.0 and now - told > wait and not self.quiet:
-                told = now
-                left = duration((now - started) / (i + 1) * (total - i - 1))
-                text = f"{what}: {i + 1}/{total}, {left} left"
-                print(f"\r\x1b[2K{text}" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
-        if tty:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            count(i + 1, total)
 
     def begin(self, step: int, total: int) -> None:
         """Start the bar of training steps at ``step``."""

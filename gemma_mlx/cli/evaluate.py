@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ from gemma_mlx.cli.options import data_options, model_options
 @model_options
 @data_options
 @click.option("--data", required=True, help="CSV of rows with their references.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for predictions.csv and report.json.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for predictions.csv.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows answered at a time.")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many rows.")
@@ -25,15 +26,14 @@ from gemma_mlx.cli.options import data_options, model_options
     help="basic: case, punctuation and spacing do not count; none: only spacing does not.",
 )
 @click.option("--without-media", is_flag=True, help="Silence for every clip, grey for every picture: what is guessed?")
-def command(model, adapter, dtype, allow_unexpected, audio_window, image_tokens, data, out, **options):
+def command(data: str, out: Path | None, **options: Any) -> None:
     """Answer every row of DATA and compare: WER and CER for transcripts, exact match for answers."""
-    from gemma_mlx import evaluation
-    from gemma_mlx.models.load import load
+    from gemma_mlx.cli.use import load_model_and_rows
+    from gemma_mlx.evaluation import PREDICTIONS, evaluate
+    from gemma_mlx.progress import Reporter
 
-    loaded, processor = load(
-        model, adapter=adapter, dtype=dtype, allow_unexpected=allow_unexpected, audio_window=audio_window
-    )
-    report = evaluation.evaluate(loaded, processor, data, out=out, progress=True, **options)
+    model, processor, reading = load_model_and_rows(options)
+    report = evaluate(model, processor, data, out, progress=Reporter().counter("answering"), **reading, **options)
     click.echo(report.table())
     if out:
-        click.echo(f"predictions: {out / evaluation.PREDICTIONS}")
+        click.echo(f"predictions: {out / PREDICTIONS}")

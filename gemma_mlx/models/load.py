@@ -277,7 +277,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     allow_unexpected: bool = False,
-    audio_window: int = 12,
+    audio_window: int | None = None,
 ) -> tuple[Gemma4, Processor]:
     """A model and its processor, from a folder or a Hub id.
 
@@ -287,7 +287,8 @@ def load(
         model: folder, or Hub id such as "google/gemma-4-E2B-it".
         quantize: not supported yet.
         adapter: folder of a saved adapter, attached to the model.
-        dtype, allow_unexpected, audio_window: as for `load_model`.
+        dtype, allow_unexpected: as for `load_model`.
+        audio_window: as for `load_model`; None for the one that the adapter was trained with, else 12.
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
@@ -296,11 +297,12 @@ def load(
     if quantize is not None:
         raise InputError(f"quantize {quantize}: not supported yet; leave it out")
     folder = resolve(model, revision)
-    loaded = load_model(folder, dtype, allow_unexpected, audio_window)
-    if adapter is not None:
-        from gemma_mlx.lora import load_adapter
-
-        load_adapter(loaded, adapter)
     from gemma_mlx.data.processor import Processor
+    from gemma_mlx.lora import load_adapter, remembered_options
 
-    return loaded, Processor(folder, loaded.spec)
+    remembered = remembered_options(adapter)
+    window = audio_window or remembered.get("audio_window", 12)
+    loaded = load_model(folder, dtype, allow_unexpected, window)
+    if adapter is not None:
+        load_adapter(loaded, adapter)
+    return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))

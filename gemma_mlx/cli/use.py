@@ -1,0 +1,32 @@
+"""What the commands that use a trained model share: load it, and read rows the way its run did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from gemma_mlx.data.examples import Prompts
+from gemma_mlx.data.processor import Processor
+from gemma_mlx.lora import remembered_options
+from gemma_mlx.models.load import load
+
+
+def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[str, Any]]:
+    """(model, processor, how to read rows) from a command's flags, which are taken out of ``options``.
+
+    A flag that was not given has the value that the adapter's run had, where the adapter remembers it: an answer is
+    only right to the question that was trained.
+    """
+    context = click.get_current_context()
+    for name, value in remembered_options(options["adapter"]).items():
+        if name in options and context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            options[name] = value
+    names = ("model", "adapter", "dtype", "allow_unexpected", "audio_window")
+    model, processor = load(**{name: options.pop(name) for name in names})
+    names = ("image_tokens", "long_audio")
+    processor = Processor(processor.folder, processor.spec, **{name: options.pop(name) for name in names})
+    reading = {"media_roots": options.pop("media_root", ()), "columns": options.pop("columns", {})}
+    prompts = Prompts(*(options.pop(name, None) for name in ("audio_prompt", "image_prompt", "system")))
+    return model, processor, {**reading, "prompts": prompts}
