@@ -164,8 +164,15 @@ def muted(batch: Batch) -> Batch:
     """The batch with silence in place of sound and mid-grey in place of pictures, of the same sizes."""
     changes = {}
     if batch.input_features is not None:
-        changes["input_features"] = np.where(batch.input_features_mask[..., None], SILENCE, np.float32(0))
+        changes["input_features"] = _filled(batch.input_features, batch.input_features_mask, SILENCE)
     if batch.pixel_values is not None:
-        valid = (batch.image_position_ids >= 0).all(-1, keepdims=True)
-        changes["pixel_values"] = np.where(valid, np.float32(GREY), np.float32(0)) * np.ones_like(batch.pixel_values)
+        valid = (batch.image_position_ids >= 0).all(-1)
+        changes["pixel_values"] = _filled(batch.pixel_values, valid, GREY)
     return replace(batch, **changes)
+
+
+def _filled(like: np.ndarray, valid: np.ndarray, value: float) -> np.ndarray:
+    """``value`` where ``valid`` and zero elsewhere, in the shape and type of ``like``."""
+    out = np.zeros_like(like)
+    out[valid] = value
+    return out

@@ -35,7 +35,9 @@ def field_option(name: str, fill: bool = True, **overrides: Any) -> Decorator:
             return value
         return default if value is None else convert(f, value, flag_name(name))
 
-    arguments: dict[str, Any] = {"default": None, "callback": filled, "help": rules["help"] + shown}
+    arguments: dict[str, Any] = {"callback": filled, "help": rules["help"] + shown}
+    if not overrides.get("required"):  # click takes an explicit None for a value
+        arguments["default"] = None
     if kind == "flag":
         arguments["is_flag"] = True
     else:
