@@ -33,7 +33,7 @@ from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
 from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
-from gemma_mlx.step import Step
+from gemma_mlx.step import Step, Sums, add
 
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
@@ -189,7 +189,7 @@ class Job:
         valid: Dataset | None, say: Reporter,
     ):  # fmt: skip
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
-        self.step = Step(model, config.clip)
+        self.step = Step(model, config.clip, lanes=machine.lanes(config.batch_size))
         self.weights: Weights = lora_parameters(model)
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id
@@ -267,35 +267,30 @@ class Job:
     def _train_step(self) -> None:
         """Sum gradients over the accumulated batches, divide once by their labels, clip, update, log."""
         p, c, began, wait = self.progress, self.config, time.perf_counter(), 0.0
-        grads, total, correct, labels, tokens = None, mx.array(0.0), mx.array(0.0), 0, 0
+        grads, sums = None, Sums()
         for micro in range(c.accumulate):
             asked = time.perf_counter()
             batch = next(self.batches)
             wait += time.perf_counter() - asked
-            ready = self.step.prepare(batch)
-            more, loss, hits = self.step.gradients(self.weights, ready, dropout_key(c.seed, p.step, micro))
-            grads = more if grads is None else {name: g + more[name] for name, g in grads.items()}
-            total, correct, labels, tokens = total + loss, correct + hits, labels + ready.labels, tokens + ready.tokens
+            more, part = self.step.gradients(self.weights, batch, dropout_key(c.seed, p.step, micro))
+            grads = more if grads is None else add(grads, more)
+            sums.add(part.loss, part.correct, part)
             if c.accumulate > 1:
-                mx.eval(grads, total, correct)
+                mx.eval(grads, sums.loss, sums.correct)
         lr = learning_rate(p.step, self.total, c.lr, c.schedule, c.warmup, c.min_lr)
         scalars = adamw_scalars(p.step + 1, lr, c.weight_decay)
-        self.weights, self.moments, norm = self.step.apply(self.weights, self.moments, grads, labels, scalars)
-        mx.eval(self.weights, self.moments, norm, total, correct)
+        self.weights, self.moments, norm = self.step.apply(self.weights, self.moments, grads, sums.labels, scalars)
+        mx.eval(self.weights, self.moments, norm, sums.loss, sums.correct)
+        loss, correct = sums.loss.item(), sums.correct.item()
         self.step.install(self.weights)
-        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise InputError(f"step {p.step + 1}: loss or gradient is not finite; lower --lr, or resume with less")
         p.step, p.data = p.step + 1, self.batches.state()
         seconds = time.perf_counter() - began
-        p.tokens, p.label_tokens, p.seconds = p.tokens + tokens, p.label_tokens + labels, p.seconds + seconds
+        p.tokens, p.label_tokens, p.seconds = p.tokens + sums.tokens, p.label_tokens + sums.labels, p.seconds + seconds
         w = p.window
-        w.steps, w.loss, w.labels, w.correct = (
-            w.steps + 1,
-            w.loss + total.item(),
-            w.labels + labels,
-            w.correct + correct.item(),
-        )
-        w.tokens, w.seconds, w.wait = w.tokens + tokens, w.seconds + seconds, w.wait + wait
+        w.steps, w.loss, w.correct, w.labels = w.steps + 1, w.loss + loss, w.correct + correct, w.labels + sums.labels
+        w.tokens, w.seconds, w.wait = w.tokens + sums.tokens, w.seconds + seconds, w.wait + wait
         if p.step % c.log_every == 0 or p.step == self.total:
             self._log_window(lr, norm.item())
 
@@ -331,10 +326,10 @@ class Job:
             self.valid, self.config.batch_size, self.pad_id, shuffle=False, epochs=1, pad_to_multiple=self.multiple
         ) as batches:
             for batch in batches:
-                ready = self.step.prepare(batch)
-                total, hits = self.step.evaluate(self.weights, ready)
-                mx.eval(total, hits)
-                loss, correct, labels = loss + total.item(), correct + hits.item(), labels + ready.labels
+                sums = self.step.evaluate(self.weights, batch)
+                mx.eval(sums.loss, sums.correct)
+                loss, correct = loss + sums.loss.item(), correct + sums.correct.item()
+                labels += sums.labels
                 if stop:
                     return  # not evaluated; the resumed run does it again
         p = self.progress

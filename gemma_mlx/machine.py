@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import getpid
 
-import mlx.core as mx
+from gemma_mlx import blas  # before mlx.core
 
+import mlx.core as mx  # isort: skip
+
+MOST_LANES = 4
 CACHE_SHARE = 0.25
 """Part of the working set that freed buffers may occupy before MLX gives them back."""
 
@@ -34,6 +39,27 @@ def set_limits() -> dict[str, int]:
     return limits
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lanes(rows: int) -> int:
+    """Streams to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
+
+    MLX runs the operations of a CPU stream one after the other and most of them on one core, so streams are what uses
+    the others. OpenBLAS then gets the cores that are left to each stream: its idle threads spin, and more of them than
+    cores make a step several times slower.
+    """
+    if mx.default_device().type == mx.gpu:
+        return 1
+    chosen = max(1, min(MOST_LANES, cores(), rows // 4))
+    if blas.loaded and "OPENBLAS_NUM_THREADS" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(blas.loaded).openblas_set_num_threads(max(1, cores() // chosen))
+    return chosen
+
+
 @contextmanager
 def awake() -> Iterator[None]:
     """Keep a Mac from idle sleep for the length of the block; elsewhere nothing.
@@ -43,7 +69,7 @@ def awake() -> Iterator[None]:
     if sys.platform != "darwin" or not (tool := shutil.which("caffeinate")):
         yield
         return
-    process = subprocess.Popen([tool, "-i", "-w", str(getpid())])
+    process = subprocess.Popen([tool, "-i", "-w", str(os.getpid())])
     try:
         yield
     finally:

@@ -46,11 +46,74 @@ class Prepared:
     rows: int
 
 
+@dataclass
+class Sums:
+    """Of one or more batches: loss and correct argmaxes (lazy float32 scalars), label positions, tokens."""
+
+    loss: Any = 0.0
+    correct: Any = 0.0
+    labels: int = 0
+    tokens: int = 0
+
+    def add(self, loss: Any, correct: Any, counted: Prepared | Sums) -> None:
+        """Add one batch's."""
+        self.loss, self.correct = self.loss + loss, self.correct + correct
+        self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
+
+
+def add(a: Weights, b: Weights) -> Weights:
+    """Sums by name."""
+    return {name: value + b[name] for name, value in a.items()}
+
+
 def can_compile() -> bool:
-    """Whether steps are compiled: always on a GPU; on a CPU if there is a C++ compiler, which MLX calls."""
-    if os.environ.get(COMPILE_VARIABLE, "").lower() in ("off", "0", "no", "false"):
-        return False
+    """Whether MLX can compile here: on a GPU always, on a CPU it calls a C++ compiler."""
     return mx.default_device().type == mx.gpu or bool(shutil.which("g++") or shutil.which("clang++"))
+
+
+def should_compile() -> bool:
+    """Whether steps are compiled: on a GPU by default. On a CPU a minute of g++ is not earned back by a short run, so
+    there only if asked for. The environment's ``on`` or ``off`` decides where it is set."""
+    asked = os.environ.get(COMPILE_VARIABLE, "").lower()
+    return can_compile() if asked == "on" else asked != "off" and mx.default_device().type == mx.gpu
+
+
+def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
+    """The batch as up to ``lanes`` batches of consecutive rows, each with its own media."""
+    rows = len(batch.input_ids)
+    lanes = min(lanes, rows)
+    if lanes <= 1:
+        return [batch]
+    edges = [rows * i // lanes for i in range(lanes + 1)]
+    soft = {"image": None, "audio": None}
+    if batch.pixel_values is not None:
+        cell = spec.vision.pooling_kernel_size**2
+        soft["image"] = (batch.image_position_ids[..., 0] != -1).sum(1) // cell
+    if batch.input_features is not None:
+        soft["audio"] = batch.input_features_mask[:, ::4].sum(1)
+    cuts = {kind: _media_edges(batch, counts, kind, edges, spec) for kind, counts in soft.items()}
+    return [_rows(batch, i, edges, cuts) for i in range(lanes)]
+
+
+def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, edges: list[int], spec: Any) -> list[int]:
+    """How many media of a kind lie in the rows before each edge."""
+    if counts is None:
+        return [0] * len(edges)
+    slots = (batch.input_ids == getattr(spec, f"{kind}_token_id")).sum(1)
+    ends = np.cumsum(counts)
+    return [int(np.searchsorted(ends, slots[:edge].sum(), side="right")) if edge else 0 for edge in edges]
+
+
+def _rows(batch: Batch, lane: int, edges: list[int], cuts: dict[str, list[int]]) -> Batch:
+    rows = slice(edges[lane], edges[lane + 1])
+    parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+        parts[name] = getattr(batch, name)[rows]
+    for kind, (first, second, _) in _MEDIA.items():
+        a, b = cuts[kind][lane : lane + 2]
+        if a < b:
+            parts |= {first: getattr(batch, first)[a:b], second: getattr(batch, second)[a:b]}
+    return Batch(**parts)
 
 
 def _padded(index: np.ndarray, multiple: int) -> np.ndarray:
@@ -84,16 +147,20 @@ def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
 class Step:
     """The functions of one training step over a model with adapters.
 
-    ``compiled`` defaults to ``can_compile()``. Towers without an adapter are encoded by a function of their own,
-    outside the one that is differentiated, where MLX's fused attention is available.
+    ``compiled`` defaults to ``should_compile()``. MLX runs a stream's operations on a CPU one after the other, so with
+    ``lanes`` above 1 the rows of a batch are shared out to as many streams, which run side by side. Towers without an
+    adapter are encoded by a function of their own, outside the one that is differentiated, where MLX's fused attention
+    is available.
     """
 
-    def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None):
+    def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
         self.model = model
+        self.streams = [mx.default_stream(mx.default_device())]
+        self.streams += [mx.new_stream(mx.default_device()) for _ in range(lanes - 1)]
         self.layers = lora_layers(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
-        self.compiled = can_compile() if compiled is None else compiled
+        self.compiled = should_compile() if compiled is None else compiled
         self.trained = {
             kind for kind in _MEDIA if any(f"{part}." in f"{path}." for path in self.layers for part in _towers(kind))
         }
@@ -111,17 +178,32 @@ class Step:
                 ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind]({n: ready.arrays.pop(n) for n in names})
         return ready
 
-    def gradients(self, weights: Weights, ready: Prepared, key: mx.array) -> tuple[Weights, mx.array, mx.array]:
-        """(gradients of the summed loss by tensor name, loss sum, correct argmaxes), lazy.
+    def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
+        """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
+        grads: Weights | None = None
+        sums = Sums()
+        for i, (stream, part) in enumerate(self._lanes(batch)):
+            with mx.stream(stream):
+                ready = self.prepare(part)
+                lane_key = key if i == 0 else mx.random.split(key, i + 1)[i]
+                (total, correct), more = self._call(self._gradients, weights, ready.arrays, lane_key)
+            grads = more if grads is None else add(grads, more)
+            sums.add(total, correct, ready)
+        return grads, sums
 
-        ``key`` decides the dropout masks.
-        """
-        (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
-        return grads, total, correct
+    def evaluate(self, weights: Weights, batch: Batch) -> Sums:
+        """Sums of a batch without dropout, lazy."""
+        sums = Sums()
+        for stream, part in self._lanes(batch):
+            with mx.stream(stream):
+                ready = self.prepare(part)
+                total, correct = self._call(self._evaluate, weights, ready.arrays, None)
+            sums.add(total, correct, ready)
+        return sums
 
-    def evaluate(self, weights: Weights, ready: Prepared) -> tuple[mx.array, mx.array]:
-        """(loss sum, correct argmaxes) without dropout, lazy."""
-        return self._call(self._evaluate, weights, ready.arrays, None)
+    def _lanes(self, batch: Batch) -> list[tuple[Any, Batch]]:
+        parts = split(batch, len(self.streams), self.model.spec)
+        return list(zip(self.streams, parts, strict=False))
 
     def apply(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, count: int, scalars: mx.array

@@ -11,7 +11,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.lora import apply_lora, lora_parameters, set_lora_parameters
 from gemma_mlx.loss import loss_and_count
 from gemma_mlx.models.load import load_model
-from gemma_mlx.step import Step, can_compile, prepare
+from gemma_mlx.step import Step, can_compile, prepare, split
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,14 @@ def test_compiled_equals_plain_and_leaves_the_model_whole(checkpoint_folder, bat
     plain, compiled = (Step(model, compiled=c) for c in (False, True))
     assert plain.trained == (set() if targets == "decoder" else {"image", "audio"})
     for batch in batches:
-        wanted = plain.gradients(weights, plain.prepare(batch), key)
-        got = compiled.gradients(weights, compiled.prepare(batch), key)
-        assert relative(got[1], wanted[1]) < 1e-5 and got[2].item() == wanted[2].item()
-        assert max(relative(got[0][k], wanted[0][k]) for k in weights) < 1e-4
+        wanted, sums = plain.gradients(weights, batch, key)
+        got, other = compiled.gradients(weights, batch, key)
+        assert relative(other.loss, sums.loss) < 1e-5 and other.correct.item() == sums.correct.item()
+        assert max(relative(got[k], wanted[k]) for k in weights) < 1e-4
         total, count, correct = loss_and_count(model, batch.inputs(), batch.labels)  # no placeholder was left behind
-        evaluated = compiled.evaluate(weights, compiled.prepare(batch))
-        assert relative(evaluated[0], total) < 1e-5 and evaluated[1].item() == correct.item() and count > 0
+        evaluated = compiled.evaluate(weights, batch)
+        assert relative(evaluated.loss, total) < 1e-5 and evaluated.correct.item() == correct.item()
+        assert evaluated.labels == count > 0
 
 
 def test_frozen_towers_outside_give_the_same_gradients(checkpoint_folder, batches):
@@ -60,9 +61,9 @@ def test_frozen_towers_outside_give_the_same_gradients(checkpoint_folder, batche
     outside, inside = Step(model, compiled=False), Step(model, compiled=False)
     inside.trained = {"image", "audio"}
     weights, key = lora_parameters(model), mx.random.key(0)
-    ready, whole = outside.prepare(batches[0]), inside.prepare(batches[0])
+    ready = outside.prepare(batches[0])
     assert "audio_soft_tokens" in ready.arrays and "input_features" not in ready.arrays
-    a, b = outside.gradients(weights, ready, key), inside.gradients(weights, whole, key)
+    a, b = outside.gradients(weights, batches[0], key), inside.gradients(weights, batches[0], key)
     assert max(relative(a[0][k], b[0][k]) for k in weights) < 1e-5
 
 
@@ -70,8 +71,7 @@ def test_gradients_are_those_of_the_loss(checkpoint_folder, batches):
     """Against central differences of the loss along random directions, in each part of the model."""
     model = model_with(checkpoint_folder, "all")
     step, weights = Step(model, compiled=False), lora_parameters(model)
-    ready = step.prepare(batches[0])
-    grads, _, _ = step.gradients(weights, ready, mx.random.key(0))
+    grads, _ = step.gradients(weights, batches[0], mx.random.key(0))
     r = np.random.default_rng(1)
     for part in ("language_model", "vision_tower", "audio_tower", "embed_audio", "embed_vision"):
         names = [k for k in weights if part in k]
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_loss(checkpoint_folder, batches):
 
         def moved(by, direction=direction, norm=norm):
             there = {k: w + (by / norm) * direction[k] if k in direction else w for k, w in weights.items()}
-            return step.evaluate(there, ready)[0].item()
+            return step.evaluate(there, batches[0]).loss.item()
 
         slope = sum(mx.sum(direction[k] * grads[k]).item() for k in names) / norm
         measured = (moved(0.02) - moved(-0.02)) / 0.04
@@ -90,11 +90,10 @@ def test_gradients_are_those_of_the_loss(checkpoint_folder, batches):
 def test_dropout_changes_with_the_key_alone(checkpoint_folder, batches):
     model = model_with(checkpoint_folder, "decoder", dropout=0.3)
     step, weights = Step(model, compiled=False), lora_parameters(model)
-    ready = step.prepare(batches[0])
-    losses = [step.gradients(weights, ready, mx.random.key(k))[1].item() for k in (1, 1, 2)]
+    losses = [step.gradients(weights, batches[0], mx.random.key(k))[1].loss.item() for k in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
     without = Step(model_with(checkpoint_folder, "decoder"), compiled=False)  # evaluation has no dropout
-    assert step.evaluate(weights, ready)[0].item() == without.evaluate(weights, ready)[0].item() != losses[0]
+    assert step.evaluate(weights, batches[0]).loss.item() == without.evaluate(weights, batches[0]).loss.item()
 
 
 def test_slots_that_do_not_fit_the_media_are_an_error(checkpoint_folder, batches):
@@ -105,3 +104,20 @@ def test_slots_that_do_not_fit_the_media_are_an_error(checkpoint_folder, batches
     ids[ids == spec.audio_token_id] = 40
     with pytest.raises(InputError, match="0 audio slots in the text"):
         prepare(dataclasses.replace(batches[0], input_ids=ids), spec)
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 9])
+def test_rows_shared_out_to_streams_give_the_same_sums(checkpoint_folder, batches, lanes):
+    model = model_with(checkpoint_folder, "all")
+    weights, key = lora_parameters(model), mx.random.key(0)
+    one, several = Step(model, compiled=False), Step(model, compiled=False, lanes=lanes)
+    for batch in batches:
+        parts = split(batch, lanes, model.spec)
+        assert len(parts) == min(lanes, len(batch.input_ids)) and sum((p.row_ids for p in parts), ()) == batch.row_ids
+        wanted, sums = one.gradients(weights, batch, key)
+        got, other = several.gradients(weights, batch, key)
+        assert max(relative(got[k], wanted[k]) for k in weights) < 1e-4
+        assert relative(other.loss, sums.loss) < 1e-5
+        assert (other.labels, other.tokens) == (sums.labels, sums.tokens)
+        assert other.correct.item() == sums.correct.item()
+        assert relative(several.evaluate(weights, batch).loss, sums.loss) < 1e-5
