@@ -45,7 +45,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) ->
     pixel_values, positions = _stack_images(samples, pad_to_multiple)
     features, mask = _stack_clips(samples, pad_to_multiple)
     row_ids = tuple(sample.row_id or sample.where for sample in samples)
-    return Batch(input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, row_ids)
+    return Batch(input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, row_ids=row_ids)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.multimodal import Gemma4
-from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
-from gemma_mlx.spec import ModelSpec, read_spec
+from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
+from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
 if TYPE_CHECKING:
     from gemma_mlx.data.processor import Processor
@@ -129,7 +129,7 @@ def _match(
     _indexed_names(folder, stored)
     matched, unexpected = {}, []
     for tensor in stored.values():
-        path = module_path(tensor.name)
+        path = module_path(tensor.name, spec.unified)
         if path not in wanted:
             if not may_be_dropped(path, spec) and not may_be_dropped(tensor.name, spec):
                 unexpected.append(tensor.name)
@@ -179,7 +179,7 @@ def load_model(
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    if spec.audio is not None:
+    if isinstance(spec.audio, AudioSpec):
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
     target = _dtype(dtype, spec)
     model = Gemma4(spec)
@@ -224,7 +224,7 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
     tensors = {}
     for name, array in params.items():
         axes = to_torch_axes(name, array.ndim)
-        tensors[name] = array if axes is None else mx.contiguous(array.transpose(axes))
+        tensors[stored_name(name, model.spec.unified)] = array if axes is None else mx.contiguous(array.transpose(axes))
     shards = _shards(tensors)
     files = {}
     for i, shard in enumerate(shards):
