@@ -163,7 +163,11 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
 
 
 def load_model(
-    folder: str | Path, dtype: str | None = None, allow_unexpected: bool = False, audio_window: int = 12
+    folder: str | Path,
+    dtype: str | None = None,
+    allow_unexpected: bool = False,
+    audio_window: int = 12,
+    vision_runs: str = "sliding",
 ) -> Gemma4:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
@@ -173,6 +177,9 @@ def load_model(
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
         audio_window: keys that an audio frame attends to, itself included: 12 (transformers) or 13 (Google's JAX).
+        vision_runs: in which layers the slots of a picture see each other, where the checkpoint has them do so:
+            "sliding" (transformers' Gemma 4, and vLLM for all sizes) or "all", whatever the window (what transformers
+            5.23 does in the forward of ``Gemma4Unified``, the 12B, though not with a static cache).
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
@@ -181,6 +188,9 @@ def load_model(
     spec = read_spec(folder)
     if isinstance(spec.audio, AudioSpec):
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
+    if vision_runs not in ("sliding", "all"):
+        raise InputError(f"vision_runs {vision_runs!r}: expected 'sliding' or 'all'")
+    spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
     target = _dtype(dtype, spec)
     model = Gemma4(spec)
     wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
