@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
-from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 
@@ -35,7 +35,7 @@ def generate(
     """The model's answer to each conversation, in their order.
 
     ``conversations``: questions as plain strings, lists of ``{"role", "content"}`` messages whose content may hold
-    ``{"type": "image", "image": path}`` and ``{"type": "audio", "audio": path}`` parts, or ``Example`` objects (their
+    ``{"type": "image", "image": path}``, ``"video"`` and ``"audio"`` parts, or ``Example`` objects (their
     last model turn, if any, is left out). Temperature 0 takes the likeliest token. At most ``max_tokens`` tokens each,
     ending earlier at one of the checkpoint's end tokens. Prompts are answered in batches of ``batch_size``, longest
     first; that changes nothing in the answers but the last bits of rounding.
@@ -72,9 +72,11 @@ def as_example(conversation: Any) -> Example:
 def _turn(role: str, content: Any) -> Turn:
     role = {"assistant": "model"}.get(role, role)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    kinds = {"text": Text, "image": lambda path: Image(Path(path)), "audio": lambda path: Audio(Path(path))}
+    media = {"image": Image, "video": Video, "audio": Audio}
+    kinds = {"text": Text, **{name: lambda path, make=make: make(Path(path)) for name, make in media.items()}}
     if role not in ("system", "user", "model") or any(part["type"] not in kinds for part in parts):
-        raise InputError(f"conversation: expected text, image and audio parts of system, user or model, got {role!r}")
+        known = ", ".join(kinds)
+        raise InputError(f"conversation: expected parts {known} of system, user or model, got {role!r}")
     return Turn(role, tuple(kinds[part["type"]](part[part["type"]]) for part in parts))
 
 
