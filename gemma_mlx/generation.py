@@ -43,7 +43,7 @@ def generate(
     if seed is not None:
         mx.random.seed(seed)
     prompts = [processor.prompt(as_example(c)) for c in conversations]
-    sampler = make_sampler(temperature, top_p, top_k, min_p)
+    sampler = suppressing(make_sampler(temperature, top_p, top_k, min_p), processor.suppressed_ids)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
     for start in range(0, len(order), batch_size):
@@ -121,6 +121,17 @@ def left_padded(batch: Batch) -> Batch:
 
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
     return replace(batch, **{name: rolled(getattr(batch, name)) for name in names})
+
+
+def suppressing(sampler: Sampler, ids: Sequence[int]) -> Sampler:
+    """The sampler, never giving any of these tokens: slots of media that are not there, say."""
+    if not ids:
+        return sampler
+    def sample(logits: mx.array) -> mx.array:
+        barred = mx.broadcast_to(mx.array(list(ids)), (len(logits), len(ids)))
+        return sampler(mx.put_along_axis(logits, barred, mx.array(-1e9, logits.dtype), axis=-1))
+
+    return sample
 
 
 def greedy(logits: mx.array) -> mx.array:

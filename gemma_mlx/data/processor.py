@@ -145,6 +145,11 @@ class Processor:
         ids, labels = encode(render_prompt(example, self._template(example)), self.tokenizer)
         return self._with_media(example, ids, labels, with_features)
 
+    @property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """The ids that an answer never holds: slots of media, and those that the checkpoint's own settings name."""
+        return self.tokenizer.suppressed_ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""
         return self.tokenizer.decode(ids, skip_special_tokens)
