@@ -31,9 +31,15 @@ class Batch:
     image_position_ids: np.ndarray | None = None
     """int32 [N, P, 2], (x, y) of each patch, −1 in padding patches."""
     input_features: np.ndarray | None = None
-    """float32 [M, F, 128] log-mel, zero in padding frames."""
+    """float32 [M, F, 128] log-mel, or [M, F, 640] raw samples (Gemma 4 12B), zero in padding frames."""
     input_features_mask: np.ndarray | None = None
     """bool [M, F]; true on valid frames."""
+    pixel_values_videos: np.ndarray | None = None
+    """float32 [frames, P, 3·patch²]: the frames of all videos, one after the other; else as pixel_values."""
+    video_position_ids: np.ndarray | None = None
+    """int32 [frames, P, 2], as image_position_ids."""
+    num_frames_per_video: np.ndarray | None = None
+    """int32 [videos]: how many frames are whose."""
     row_ids: tuple[str, ...] = ()
     """Where each row came from, for reports."""
 

@@ -17,11 +17,12 @@ from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.examples import Example
-from gemma_mlx.data.features import SILENCE
+from gemma_mlx.data.features import MEL_BINS, SILENCE
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import write_whole
-from gemma_mlx.generation import answer_ids
+from gemma_mlx.generation import answer_ids, greedy, suppressing
+from gemma_mlx.models.media import MEDIA
 
 PREDICTIONS = "predictions.csv"
 REPORT = "report.json"
@@ -127,9 +128,11 @@ def evaluate(
     rows = read_examples(data, **reading) if isinstance(data, str | Path) else list(data)
     examples = _with_references(rows[:limit])
     answers: dict[int, str] = {}
+    sampler = suppressing(greedy, processor.suppressed_ids)
     for chosen, batch in _batches(processor, examples, batch_size):
         batch = muted(batch) if without_media else batch
-        for i, ids in zip(chosen, answer_ids(model, batch, processor.eos_ids, max_tokens), strict=True):
+        found = answer_ids(model, batch, processor.eos_ids, max_tokens, sampler)
+        for i, ids in zip(chosen, found, strict=True):
             answers[i] = processor.decode(ids)
         if progress:
             progress(len(answers), len(examples))
@@ -164,10 +167,11 @@ def muted(batch: Batch) -> Batch:
     """The batch with silence in place of sound and mid-grey in place of pictures, of the same sizes."""
     changes = {}
     if batch.input_features is not None:
-        changes["input_features"] = _filled(batch.input_features, batch.input_features_mask, SILENCE)
-    if batch.pixel_values is not None:
-        valid = (batch.image_position_ids >= 0).all(-1)
-        changes["pixel_values"] = _filled(batch.pixel_values, valid, GREY)
+        silence = SILENCE if batch.input_features.shape[-1] == MEL_BINS else 0.0  # else raw samples
+        changes["input_features"] = _filled(batch.input_features, batch.input_features_mask, silence)
+    for pixels, positions in MEDIA.values():
+        if pixels != "input_features" and (given := getattr(batch, pixels)) is not None:
+            changes[pixels] = _filled(given, (getattr(batch, positions) >= 0).all(-1), GREY)
     return replace(batch, **changes)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
-from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 
@@ -35,7 +35,7 @@ def generate(
     """The model's answer to each conversation, in their order.
 
     ``conversations``: questions as plain strings, lists of ``{"role", "content"}`` messages whose content may hold
-    ``{"type": "image", "image": path}`` and ``{"type": "audio", "audio": path}`` parts, or ``Example`` objects (their
+    ``{"type": "image", "image": path}``, ``"video"`` and ``"audio"`` parts, or ``Example`` objects (their
     last model turn, if any, is left out). Temperature 0 takes the likeliest token. At most ``max_tokens`` tokens each,
     ending earlier at one of the checkpoint's end tokens. Prompts are answered in batches of ``batch_size``, longest
     first; that changes nothing in the answers but the last bits of rounding.
@@ -43,7 +43,7 @@ def generate(
     if seed is not None:
         mx.random.seed(seed)
     prompts = [processor.prompt(as_example(c)) for c in conversations]
-    sampler = make_sampler(temperature, top_p, top_k, min_p)
+    sampler = suppressing(make_sampler(temperature, top_p, top_k, min_p), processor.suppressed_ids)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
     for start in range(0, len(order), batch_size):
@@ -72,9 +72,11 @@ def as_example(conversation: Any) -> Example:
 def _turn(role: str, content: Any) -> Turn:
     role = {"assistant": "model"}.get(role, role)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    kinds = {"text": Text, "image": lambda path: Image(Path(path)), "audio": lambda path: Audio(Path(path))}
+    media = {"image": Image, "video": Video, "audio": Audio}
+    kinds = {"text": Text, **{name: lambda path, make=make: make(Path(path)) for name, make in media.items()}}
     if role not in ("system", "user", "model") or any(part["type"] not in kinds for part in parts):
-        raise InputError(f"conversation: expected text, image and audio parts of system, user or model, got {role!r}")
+        known = ", ".join(kinds)
+        raise InputError(f"conversation: expected parts {known} of system, user or model, got {role!r}")
     return Turn(role, tuple(kinds[part["type"]](part[part["type"]]) for part in parts))
 
 
@@ -119,6 +121,17 @@ def left_padded(batch: Batch) -> Batch:
 
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
     return replace(batch, **{name: rolled(getattr(batch, name)) for name in names})
+
+
+def suppressing(sampler: Sampler, ids: Sequence[int]) -> Sampler:
+    """The sampler, never giving any of these tokens: slots of media that are not there, say."""
+    if not ids:
+        return sampler
+    def sample(logits: mx.array) -> mx.array:
+        barred = mx.broadcast_to(mx.array(list(ids)), (len(logits), len(ids)))
+        return sampler(mx.put_along_axis(logits, barred, mx.array(-1e9, logits.dtype), axis=-1))
+
+    return sample
 
 
 def greedy(logits: mx.array) -> mx.array:

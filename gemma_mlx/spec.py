@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.spec_gemma4_unified import TEXT_DEFAULTS as UNIFIED_TEXT
+from gemma_mlx.spec_gemma4_unified import UnifiedAudioSpec, UnifiedVisionSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -34,9 +36,9 @@ _INERT_KEYS = frozenset(
         "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
         "attn_implementation", "auto_map", "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype",
         "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
-        "max_position_embeddings", "model_type", "moe_intermediate_size", "num_experts", "output_attentions",
+        "max_position_embeddings", "model_type", "output_attentions",
         "output_hidden_states", "prefix", "problem_type", "return_dict", "task_specific_params",
-        "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k_experts", "torch_dtype",
+        "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
         "transformers_version", "use_cache", "vision_soft_tokens_per_image",
     }
 )
@@ -72,6 +74,19 @@ class TextSpec:
     num_kv_shared_layers: int = 0
     enable_moe_block: bool = False
     use_double_wide_mlp: bool = False
+    num_global_key_value_heads: int | None = None
+    """Key and value heads of full-attention layers; None for as many as elsewhere."""
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    vision_runs: str = "sliding"
+    """Where the slots of one picture see each other, if use_bidirectional_attention is "vision": in "sliding" layers
+    only (within the window), or in "all" layers (whatever the window)."""
+
+    @property
+    def bidirectional_vision(self) -> bool:
+        """Whether the slots of one picture or video frame see each other, so that token types are needed."""
+        return self.use_bidirectional_attention == "vision"
 
     @property
     def first_kv_shared_layer(self) -> int:
@@ -88,6 +103,15 @@ class TextSpec:
     def layer_head_dim(self, layer: int) -> int:
         """Head size of `layer`."""
         return self.global_head_dim if self.layer_types[layer] == FULL else self.head_dim
+
+    def layer_kv_heads(self, layer: int) -> int:
+        """Key and value heads of `layer`."""
+        other = self.num_global_key_value_heads if self.layer_types[layer] == FULL else None
+        return other or self.num_key_value_heads
+
+    def layer_k_eq_v(self, layer: int) -> bool:
+        """Whether the values of `layer` are its keys before their norm and rotation."""
+        return self.attention_k_eq_v and self.layer_types[layer] == FULL
 
     def layer_intermediate_size(self, layer: int) -> int:
         """MLP width of `layer`."""
@@ -124,6 +148,16 @@ class VisionSpec:
         """Base of the axial rotary frequencies."""
         return float(self.rope_parameters.get("rope_theta", 100.0))
 
+    @property
+    def input_patch(self) -> int:
+        """Pixels along one side of a patch as the model takes it."""
+        return self.patch_size
+
+    @property
+    def input_pooling(self) -> int:
+        """Patches along one side of a soft token."""
+        return self.pooling_kernel_size
+
 
 @dataclass(frozen=True)
 class AudioSpec:
@@ -148,14 +182,28 @@ class AudioSpec:
     attention_window: int = 12
     """Keys a frame attends to, itself included: 12 as in transformers, or 13 as in Google's JAX release."""
 
+    @property
+    def frames_per_token(self) -> int:
+        """Feature frames of one soft token."""
+        return 4
+
+    @property
+    def max_samples(self) -> int:
+        """The longest clip at 16 kHz."""
+        return MAX_AUDIO_SAMPLES
+
+    def soft_tokens(self, n_samples: int) -> int:
+        """Soft tokens of a clip of `n_samples` at 16 kHz."""
+        return audio_soft_tokens(n_samples)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole checkpoint: sub-specs, special token ids and the config.json it came from."""
 
     text: TextSpec
-    vision: VisionSpec | None
-    audio: AudioSpec | None
+    vision: VisionSpec | UnifiedVisionSpec | None
+    audio: AudioSpec | UnifiedAudioSpec | None
     boi_token_id: int = 255_999
     eoi_token_id: int = 258_882
     image_token_id: int = 258_880
@@ -167,6 +215,11 @@ class ModelSpec:
     """config.json as read, to be written again beside saved weights."""
 
     @property
+    def unified(self) -> bool:
+        """Whether media come in without towers (Gemma 4 12B)."""
+        return self.config.get("model_type") == "gemma4_unified"
+
+    @property
     def dtype(self) -> str:
         """The dtype that the config names ("bfloat16" where it names none)."""
         text = self.config.get("text_config") or {}
@@ -176,7 +229,7 @@ class ModelSpec:
 
 def _known(cls: type, config: dict[str, Any], where: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """The entries of `config` that are fields of `cls` and not None; warns of keys that nothing knows."""
-    names = {f.name for f in fields(cls)} - {"config", "attention_window"}
+    names = {f.name for f in fields(cls)} - {"config", "attention_window", "vision_runs"}
     for key in config:
         if key not in names and key not in _INERT_KEYS and key not in also:
             warnings.warn(
@@ -196,26 +249,34 @@ def _layer_types(config: dict[str, Any], layers: int, where: str) -> tuple[str, 
     return tuple(types)
 
 
-def _full_head_dim(config: dict[str, Any], types: tuple[str, ...], where: str) -> int:
-    """Head size of full layers from either spelling: `global_head_dim`, or overrides by layer in `per_layer_config`."""
+def _full_sizes(config: dict[str, Any], types: tuple[str, ...], where: str) -> tuple[int, int | None]:
+    """(head size, key and value heads or None) of full layers, from either spelling.
+
+    That is `global_head_dim` and `num_global_key_value_heads` (which counts where keys are values), or overrides by
+    layer in `per_layer_config`.
+    """
     overrides = config.get("per_layer_config")
     if overrides is None:
-        return int(config.get("global_head_dim") or 512)
+        heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+        return int(config.get("global_head_dim") or 512), heads and int(heads)
     # Keys are layer numbers, zero-padded to one width ("05"), or attention types.
     overrides = {int(k) if str(k).isdigit() else k: v for k, v in overrides.items()}
-    head_dim, sizes = config.get("head_dim", 256), set()
+    usual = {"head_dim": config.get("head_dim", 256), "num_key_value_heads": config.get("num_key_value_heads", 4)}
+    sizes = set()
     for layer, kind in enumerate(types):
         own = overrides.get(layer, overrides.get(kind, {}))
-        other = sorted(k for k, v in own.items() if k != "head_dim" and v != config.get(k))
-        if other or (kind == SLIDING and own.get("head_dim", head_dim) != head_dim):
-            raise InputError(
-                f"{where}.per_layer_config: layer {layer} ({kind}) overrides {other or ['head_dim']}: not supported"
-            )
+        changed = {k for k, v in own.items() if v != usual.get(k, config.get(k))}
+        other = sorted(changed - usual.keys() if kind == FULL else changed)
+        if other:
+            raise InputError(f"{where}.per_layer_config: layer {layer} ({kind}) overrides {other}: not supported")
         if kind == FULL:
-            sizes.add(int(own.get("head_dim", head_dim)))
+            sizes.add(tuple(int({**usual, **own}[k]) for k in usual))
     if len(sizes) != 1:
-        raise InputError(f"{where}.per_layer_config: full layers have head sizes {sorted(sizes)}; expected one size")
-    return sizes.pop()
+        raise InputError(
+            f"{where}.per_layer_config: full layers have (head size, key-value heads) {sorted(sizes)}; expected one"
+        )
+    head_dim, heads = sizes.pop()
+    return head_dim, heads if heads != usual["num_key_value_heads"] else None
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -231,25 +292,27 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
 
 
 def _text_spec(config: dict[str, Any], where: str) -> TextSpec:
-    known = _known(
-        TextSpec, config, where, ("per_layer_config", "num_global_key_value_heads", "sliding_window_pattern")
-    )
+    known = _known(TextSpec, config, where, ("per_layer_config", "sliding_window_pattern"))
     types = _layer_types(config, known.get("num_hidden_layers", TextSpec.num_hidden_layers), where)
+    head_dim, kv_heads = _full_sizes(config, types, where)
     known |= {
         "layer_types": types,
-        "global_head_dim": _full_head_dim(config, types, where),
+        "global_head_dim": head_dim,
+        "num_global_key_value_heads": kv_heads,
         "rope_parameters": _rope(config, where),
     }
     spec = TextSpec(**known)
     for name, supported in (
-        ("enable_moe_block", False),
-        ("attention_k_eq_v", False),
-        ("attention_bias", False),
-        ("use_bidirectional_attention", None),
-        ("hidden_activation", "gelu_pytorch_tanh"),
+        ("attention_bias", (False,)),
+        ("use_bidirectional_attention", (None, "vision")),
+        ("hidden_activation", ("gelu_pytorch_tanh",)),
     ):
-        if (found := getattr(spec, name)) != supported:
-            raise InputError(f"{where}.{name} is {found!r}: only {supported!r} is supported (Gemma 4 E2B and E4B)")
+        if (found := getattr(spec, name)) not in supported:
+            raise InputError(f"{where}.{name} is {found!r}: only {' or '.join(map(repr, supported))} is supported")
+    if spec.enable_moe_block and not (spec.num_experts and spec.moe_intermediate_size):
+        raise InputError(f"{where}: enable_moe_block needs num_experts, top_k_experts and moe_intermediate_size")
+    if spec.enable_moe_block and not 1 <= (spec.top_k_experts or 0) <= spec.num_experts:
+        raise InputError(f"{where}: top_k_experts is {spec.top_k_experts}; expected 1 to {spec.num_experts}")
     if not config.get("tie_word_embeddings", True):
         raise InputError(f"{where}.tie_word_embeddings is false: an output matrix of its own is not supported")
     owners = set(types[: spec.first_kv_shared_layer])
@@ -258,6 +321,15 @@ def _text_spec(config: dict[str, Any], where: str) -> TextSpec:
             f"{where}: shared layers of type {sorted(set(types) - owners)} have no earlier layer to share with"
         )
     return spec
+
+
+def _unified_vision_spec(config: dict[str, Any], where: str) -> UnifiedVisionSpec:
+    return UnifiedVisionSpec(**_known(UnifiedVisionSpec, config, where, ("model_patch_size", "num_soft_tokens")))
+
+
+def _unified_audio_spec(config: dict[str, Any], where: str) -> UnifiedAudioSpec:
+    derived = ("hidden_size", "output_proj_dims", "audio_samples_per_token")  # the same number under other names
+    return UnifiedAudioSpec(**_known(UnifiedAudioSpec, config, where, derived))
 
 
 def _vision_spec(config: dict[str, Any], where: str) -> VisionSpec:
@@ -297,9 +369,9 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
             raise InputError(f"{path}: not found; a checkpoint folder holds config.json") from None
         except (ValueError, OSError) as e:
             raise InputError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "gemma4":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{where}: model_type is {found!r}; supported: 'gemma4' (Gemma 4 E2B and E4B)")
+    found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if found not in ("gemma4", "gemma4_unified"):
+        raise InputError(f"{where}: model_type is {found!r}; supported: 'gemma4', 'gemma4_unified' (Gemma 4)")
     # The last token id is the one that the files spell "index".
     known = _known(
         ModelSpec,
@@ -317,11 +389,14 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
     )
     if "eoa_token_index" in config:
         known["eoa_token_id"] = config["eoa_token_index"]
-    vision, audio = config.get("vision_config"), config.get("audio_config")
+    text, vision, audio = (config.get(f"{part}_config") for part in ("text", "vision", "audio"))
+    vision_spec, audio_spec = _vision_spec, _audio_spec
+    if found == "gemma4_unified":
+        text, vision_spec, audio_spec = {**UNIFIED_TEXT, **(text or {})}, _unified_vision_spec, _unified_audio_spec
     return ModelSpec(
-        text=_text_spec(config.get("text_config") or {}, f"{where}: text_config"),
-        vision=None if vision is None else _vision_spec(vision, f"{where}: vision_config"),
-        audio=None if audio is None else _audio_spec(audio, f"{where}: audio_config"),
+        text=_text_spec(text or {}, f"{where}: text_config"),
+        vision=None if vision is None else vision_spec(vision, f"{where}: vision_config"),
+        audio=None if audio is None else audio_spec(audio, f"{where}: audio_config"),
         config=config,
         **{k: v for k, v in known.items() if k not in ("text", "vision", "audio")},
     )

@@ -20,8 +20,7 @@ from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
 from gemma_mlx.loss import label_positions, loss_sum
-from gemma_mlx.models.gemma4.audio import soft_token_index as audio_index
-from gemma_mlx.models.gemma4.vision import soft_token_index as image_index
+from gemma_mlx.models.media import MEDIA, module_names, soft_token_counts, soft_token_index
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
 
 COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
@@ -30,10 +29,8 @@ SOFT_BUCKET = 64
 """Soft-token lists are padded to a multiple of this in compiled steps."""
 
 Arrays = dict[str, mx.array]
-_MEDIA = {
-    "image": ("pixel_values", "image_position_ids", "image_index"),
-    "audio": ("input_features", "input_features_mask", "audio_index"),
-}
+_MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
+_VISION_TYPES = (1, 2)
 
 
 @dataclass
@@ -85,12 +82,8 @@ def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
     if lanes <= 1:
         return [batch]
     edges = [rows * i // lanes for i in range(lanes + 1)]
-    soft = {"image": None, "audio": None}
-    if batch.pixel_values is not None:
-        cell = spec.vision.pooling_kernel_size**2
-        soft["image"] = (batch.image_position_ids[..., 0] != -1).sum(1) // cell
-    if batch.input_features is not None:
-        soft["audio"] = batch.input_features_mask[:, ::4].sum(1)
+    given = {kind: getattr(batch, where) for kind, (_, where) in MEDIA.items()}
+    soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
     cuts = {kind: _media_edges(batch, counts, kind, edges, spec) for kind, counts in soft.items()}
     return [_rows(batch, i, edges, cuts) for i in range(lanes)]
 
@@ -128,13 +121,13 @@ def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
     """
     arrays: dict[str, np.ndarray] = {"input_ids": batch.input_ids, **label_positions(batch.labels)}
     indices: dict[str, np.ndarray] = {}
-    if batch.pixel_values is not None:
-        arrays |= {"pixel_values": batch.pixel_values, "image_position_ids": batch.image_position_ids}
-        indices["image"] = image_index(batch.image_position_ids, spec.vision.pooling_kernel_size)
-    if batch.input_features is not None:
-        arrays |= {"input_features": batch.input_features, "input_features_mask": batch.input_features_mask}
-        indices["audio"] = audio_index(batch.input_features_mask)
-    for kind, token_id in (("image", spec.image_token_id), ("audio", spec.audio_token_id)):
+    if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
+        arrays["mm_token_type_ids"] = batch.mm_token_type_ids
+    for kind, (values, where) in MEDIA.items():
+        if getattr(batch, values) is not None:
+            arrays |= {values: getattr(batch, values), where: getattr(batch, where)}
+            indices[kind] = soft_token_index(spec, kind, arrays[where])
+    for kind, token_id in ((kind, getattr(spec, f"{kind}_token_id")) for kind in MEDIA):
         slots, found = int((batch.input_ids == token_id).sum()), len(indices.get(kind, ()))
         if slots != found:
             rows = ", ".join(batch.row_ids[:4])
@@ -161,8 +154,9 @@ class Step:
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.compiled = should_compile() if compiled is None else compiled
+        adapted = [f"{path}." for path in self.layers]
         self.trained = {
-            kind for kind in _MEDIA if any(f"{part}." in f"{path}." for path in self.layers for part in _towers(kind))
+            kind for kind in _MEDIA if any(f"{part}." in path for path in adapted for part in module_names(kind))
         }
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
         self._gradients = wrap(mx.value_and_grad(self._loss))
@@ -234,20 +228,15 @@ class Step:
                     soft[name] = arrays[name]
                 elif names[0] in arrays:
                     soft[name] = self._soft_tokens(kind, arrays)
-            hidden = self.model.hidden(arrays["input_ids"], **soft)
+            types = arrays.get("mm_token_type_ids")
+            hidden = self.model.hidden(arrays["input_ids"], mm_token_type_ids=types, **soft)
             return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
 
     def _soft_tokens(self, kind: str, arrays: Arrays) -> mx.array:
-        tower, embedder = (getattr(self.model.model, name) for name in _towers(kind))
-        return embedder(tower(*(arrays[name] for name in _MEDIA[kind])))
+        return self.model.model.soft_tokens(kind, *(arrays[name] for name in _MEDIA[kind]))
 
     def _updated(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array
     ) -> tuple[Weights, dict[str, Weights], mx.array]:
         grads, norm = clip_by_norm({name: g * share for name, g in grads.items()}, self.clip)
         return *adamw_update(weights, moments, grads, scalars), norm
-
-
-def _towers(kind: str) -> tuple[str, str]:
-    """Module names of a medium's tower and embedder."""
-    return ("vision_tower", "embed_vision") if kind == "image" else ("audio_tower", "embed_audio")

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX, Batch
-from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, Sample
+from gemma_mlx.data.features import Patches
+from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, VIDEO, Sample
 from gemma_mlx.errors import InputError
 
 _ROUNDS = 6
@@ -42,10 +43,15 @@ def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) ->
         n = len(sample)
         input_ids[i, :n], attention_mask[i, :n] = sample.input_ids, 1
         types[i, :n], labels[i, :n] = sample.token_types, sample.labels
-    pixel_values, positions = _stack_images(samples, pad_to_multiple)
+    pixel_values, positions = _stack_images([image for s in samples for image in s.images], pad_to_multiple)
+    videos = [video for sample in samples for video in sample.videos]
+    films, film_positions = _stack_images([frame for video in videos for frame in video], pad_to_multiple)
     features, mask = _stack_clips(samples, pad_to_multiple)
     row_ids = tuple(sample.row_id or sample.where for sample in samples)
-    return Batch(input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, row_ids)
+    return Batch(
+        input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, films, film_positions,
+        np.array([len(video) for video in videos], np.int32) if videos else None, row_ids,
+    )  # fmt: skip
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -55,7 +61,8 @@ def _round_up(n: int, multiple: int) -> int:
 def _check_slots(sample: Sample) -> None:
     for kind, name, wanted in (
         (IMAGE, "image", sum(image.soft_tokens for image in sample.images)),
-        (AUDIO, "audio", sum(-(-len(clip) // 4) for clip in sample.clips)),
+        (VIDEO, "video", sum(frame.soft_tokens for video in sample.videos for frame in video)),
+        (AUDIO, "audio", sum(-(-len(clip) // sample.frames_per_token) for clip in sample.clips)),
     ):
         found = int((sample.token_types == kind).sum())
         if found != wanted:
@@ -65,8 +72,7 @@ def _check_slots(sample: Sample) -> None:
             )
 
 
-def _stack_images(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    images = [image for sample in samples for image in sample.images]
+def _stack_images(images: Sequence[Patches], multiple: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     if not images:
         return None, None
     cell = len(images[0].pixels) // images[0].soft_tokens  # patches in one soft token
@@ -84,7 +90,7 @@ def _stack_clips(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray |
     if not clips:
         return None, None
     longest = max(map(len, clips))
-    frames = longest if multiple == 1 else _round_up(longest, 4 * multiple)
+    frames = longest if multiple == 1 else _round_up(longest, samples[0].frames_per_token * multiple)
     features = np.zeros((len(clips), frames, clips[0].shape[1]), np.float32)
     mask = np.zeros((len(clips), frames), bool)
     for i, clip in enumerate(clips):

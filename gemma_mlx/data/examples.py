@@ -6,6 +6,7 @@ columns with something in them        the example
 ``audio_path, text``                  user: transcription prompt, audio · model: text
 ``image_path, caption``               user: image, caption prompt · model: caption
 ``image_path, question, answer``      user: image, question · model: answer
+``video_path, caption``               user: video, caption prompt · model: caption; or with a question, as pictures
 ``prompt, response``                  user: prompt · model: response
 ``image_path, audio_path, …``         user: image, prompt, audio · model: answer, response, caption or text
 ``audio_path, answer``                user: audio (the question is spoken) · model: answer
@@ -16,8 +17,8 @@ columns with something in them        the example
 - The answer is the first of ``answer``, ``response``, ``caption``, ``text`` that is not empty.
 - The prompt is the first of ``question``, ``prompt`` that is not empty; else, where the answer comes from ``text`` or
   ``caption`` and there is a medium, a default prompt: to transcribe if there is audio, to describe if there is only an
-  image. ``language`` ("French") goes into the transcription prompt.
-- Images stand before the text and audio after it, as Google recommends.
+  image or a video. ``language`` ("French") goes into the transcription prompt.
+- Images and videos stand before the text and audio after it, as Google recommends.
 - ``system`` is a system turn; ``id`` names the row in reports (otherwise file:line does).
 - Other columns are ignored. A column mapping ``{"text": "sentence"}`` reads ``text`` from the file's column
   ``sentence``; ``{"text": ""}`` leaves a column of the file unread.
@@ -35,12 +36,13 @@ from gemma_mlx.errors import InputError
 
 ANSWERS = ("answer", "response", "caption", "text")
 PROMPTS = ("question", "prompt")
-MEDIA = ("image_path", "audio_path")
+MEDIA = ("image_path", "video_path", "audio_path")
 STANDARD = (*MEDIA, *PROMPTS, *ANSWERS, "system", "language", "id")
 # A medium's column under another name would otherwise be ignored, and the model trained on text alone.
 _MISNAMED = {
     **dict.fromkeys(("audio", "audio_file", "audio_filename", "audiopath", "wav", "wav_path"), "audio_path"),
     **dict.fromkeys(("image", "image_file", "image_filename", "imagepath", "img", "img_path"), "image_path"),
+    **dict.fromkeys(("video", "video_file", "video_filename", "videopath", "mp4", "mp4_path"), "video_path"),
 }
 
 
@@ -59,13 +61,20 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class Video:
+    """A video in a turn, by its file; its sound is not heard."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Audio:
     """A clip in a turn, by its file."""
 
     path: Path
 
 
-Part = Text | Image | Audio
+Part = Text | Image | Video | Audio
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,8 @@ class Example:
     completion: bool = False
     task: str = "answer"
 
-    def media(self) -> list[Image | Audio]:
-        """Pictures and clips in reading order."""
+    def media(self) -> list[Image | Video | Audio]:
+        """Pictures, videos and clips in reading order."""
         return [part for turn in self.turns for part in turn.parts if not isinstance(part, Text)]
 
     @property
@@ -109,6 +118,7 @@ _ONLY = " Write only the transcription, without line breaks."
 TRANSCRIBE = "Transcribe the following speech segment in its original language." + _ONLY
 TRANSCRIBE_IN = "Transcribe the following speech segment in {language} into {language} text." + _ONLY
 DESCRIBE = "Describe this image."
+DESCRIBE_VIDEO = "Describe this video."
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Prompts:
     Attributes:
         audio: beside a clip; ``{language}`` stands for the row's language. Default: `TRANSCRIBE`, or `TRANSCRIBE_IN` if
             the row names a language.
-        image: beside a picture that comes without a clip. Default: `DESCRIBE`.
+        image: beside a picture or video that comes without a clip. Default: `DESCRIBE` or `DESCRIBE_VIDEO`.
         system: a system turn before every conversation. Default: none.
     """
 
@@ -260,6 +270,8 @@ class RowReader:
         parts: list[Part] = []
         if "image_path" in media:
             parts.append(Image(self._find("image_path", given, row)))
+        if "video_path" in media:
+            parts.append(Video(self._find("video_path", given, row)))
         if prompt:
             parts.append(Text(prompt))
         if "audio_path" in media:
@@ -286,7 +298,7 @@ class RowReader:
                 f"{row.where}: empty text: {what}; fill a column {columns}, or give a file in a media column"
             )
         if "audio_path" not in media:
-            return self.prompts.image or DESCRIBE
+            return self.prompts.image or (DESCRIBE if "image_path" in media else DESCRIBE_VIDEO)
         language = given.get("language", "").strip()
         prompt = self.prompts.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
         if "{language}" in prompt and not language:

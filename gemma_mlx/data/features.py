@@ -64,6 +64,14 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     return np.log(magnitude @ _mel_filters() + _FLOOR).astype(np.float32)
 
 
+def raw_frames(wave: np.ndarray, samples: int = 640) -> np.ndarray:
+    """A clip cut into frames of raw samples, the last one filled up with zeros, float32 [frames, samples].
+
+    What Gemma 4 12B reads (transformers' ``Gemma4UnifiedAudioFeatureExtractor``); `wave` as for `log_mel`.
+    """
+    return np.pad(wave, (0, -len(wave) % samples)).reshape(-1, samples).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Patches:
     """A picture as the vision tower reads it, kept in 8 bits until it is batched.

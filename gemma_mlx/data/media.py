@@ -17,24 +17,26 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES, SAMPLE_RATE, audio_frames
 
 LONG_AUDIO = ("error", "truncate")
-"""What may happen to clips over 30 s: refuse them, or use their first 30 s as the reference does."""
+"""What may happen to clips over the limit (30 s): refuse them, or use their beginning as the reference does."""
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs (a quarter of a gigabyte of RGB)."""
 
-_LIMIT_S = MAX_AUDIO_SAMPLES // SAMPLE_RATE
 _UNKNOWN = 1 << 40
 """Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
 _NEEDS_AV = {".m4a", ".mp4", ".aac", ".m4b", ".mov", ".mkv", ".webm", ".3gp", ".wma", ".amr"}
 _HEIF = {".heic", ".heif", ".avif"}
 
 
-def load_audio(path: str | Path, where: str = "", long_audio: str = "error") -> np.ndarray:
+def load_audio(
+    path: str | Path, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
+) -> np.ndarray:
     """A clip as mono float32 [samples] at 16 kHz, nominally in [−1, 1]: channels averaged, resampled by soxr.
 
     Args:
         path: the file.
         where: "train.csv:8", put before messages.
-        long_audio: "error" refuses clips longer than 30 s, "truncate" keeps their first 30 s.
+        long_audio: "error" refuses clips longer than the limit, "truncate" keeps their beginning.
+        max_samples: the limit, in samples at 16 kHz; None for none.
 
     Raises:
         InputError: missing, unreadable, empty (10 ms or less) or over-long audio, or samples that are not finite.
@@ -43,11 +45,12 @@ def load_audio(path: str | Path, where: str = "", long_audio: str = "error") -> 
     told = f"{where}: {path}" if where else str(path)
     if long_audio not in LONG_AUDIO:
         raise InputError(f"long_audio is {long_audio!r}; expected one of {', '.join(LONG_AUDIO)}")
-    wave, rate = _decode(path, told, long_audio)
+    limit_s = None if max_samples is None else max_samples // SAMPLE_RATE
+    wave, rate = _decode(path, told, long_audio, limit_s)
     if not np.isfinite(wave).all():
         raise InputError(f"{told}: the audio has samples that are not finite numbers; export the clip again")
     mono = wave.mean(axis=1, dtype=np.float32) if wave.shape[1] != 1 else wave[:, 0]
-    samples = _resample(mono, rate)[:MAX_AUDIO_SAMPLES]
+    samples = _resample(mono, rate)[:max_samples]
     if not audio_frames(len(samples)):
         raise InputError(
             f"{told}: empty audio: {len(samples)} samples at 16 kHz, at least 161 are needed; remove the row"
@@ -55,7 +58,9 @@ def load_audio(path: str | Path, where: str = "", long_audio: str = "error") -> 
     return np.ascontiguousarray(samples)
 
 
-def audio_samples(path: str | Path, where: str = "", long_audio: str = "error") -> int:
+def audio_samples(
+    path: str | Path, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
+) -> int:
     """How many samples `load_audio` gives, read from the header where the header can be trusted."""
     path = Path(path)
     if path.suffix.lower() in (".wav", ".flac"):
@@ -64,10 +69,11 @@ def audio_samples(path: str | Path, where: str = "", long_audio: str = "error") 
         try:
             info = soundfile.info(str(path))
         except (soundfile.LibsndfileError, OSError):
-            return len(load_audio(path, where, long_audio))  # says what is wrong
-        if 0 < info.frames < _UNKNOWN and info.frames / info.samplerate <= _LIMIT_S:
+            return len(load_audio(path, where, long_audio, max_samples))  # says what is wrong
+        short = max_samples is None or info.frames / info.samplerate <= max_samples // SAMPLE_RATE
+        if 0 < info.frames < _UNKNOWN and short:
             return resampled_length(info.frames, info.samplerate)
-    return len(load_audio(path, where, long_audio))
+    return len(load_audio(path, where, long_audio, max_samples))
 
 
 def resampled_length(samples: int, rate: int) -> int:
@@ -75,22 +81,22 @@ def resampled_length(samples: int, rate: int) -> int:
     return (2 * samples * SAMPLE_RATE + rate) // (2 * rate)
 
 
-def _check_length(seconds: float, told: str, long_audio: str) -> None:
-    if seconds > _LIMIT_S and long_audio == "error":
+def _check_length(seconds: float, told: str, long_audio: str, limit_s: int | None) -> None:
+    if limit_s is not None and seconds > limit_s and long_audio == "error":
         raise InputError(
-            f"{told}: over-long audio: {seconds:.1f} s, the limit is {_LIMIT_S} s; cut the clip, or use its first "
-            f"{_LIMIT_S} s with --long-audio truncate"
+            f"{told}: over-long audio: {seconds:.1f} s, the limit is {limit_s} s; cut the clip, or use its first "
+            f"{limit_s} s with --long-audio truncate"
         )
 
 
-def _decode(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], rate), no more than about 30 s of it."""
+def _decode(path: Path, told: str, long_audio: str, limit_s: int | None) -> tuple[np.ndarray, int]:
+    """(float32 [samples, channels], rate), no more than about `limit_s` seconds of it."""
     if not path.is_file():
         raise InputError(f"{told}: no such file; correct the path")
     if path.stat().st_size == 0:
         raise InputError(f"{told}: empty audio: the file has 0 bytes; record or download it again")
     if path.suffix.lower() in _NEEDS_AV:
-        return _decode_av(path, told, long_audio)
+        return _decode_av(path, told, long_audio, limit_s)
     import soundfile
 
     try:
@@ -98,14 +104,15 @@ def _decode(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
             rate = file.samplerate
             if file.frames >= _UNKNOWN:
                 raise RuntimeError("its header gives no length")
-            _check_length(file.frames / rate, told, long_audio)
-            wave = file.read(min(file.frames, _LIMIT_S * rate), dtype="float32", always_2d=True)
+            _check_length(file.frames / rate, told, long_audio, limit_s)
+            count = file.frames if limit_s is None else min(file.frames, limit_s * rate)
+            wave = file.read(count, dtype="float32", always_2d=True)
     except InputError:
         raise
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
         # PyAV also reads streams without a length and formats by another name; for the rest it says what is wrong.
         if importlib.util.find_spec("av"):
-            return _decode_av(path, told, long_audio)
+            return _decode_av(path, told, long_audio, limit_s)
         raise InputError(
             f"{told}: unreadable audio ({str(e).splitlines()[0]}); expected a whole wav, flac, ogg or mp3 file "
             "(pip install 'gemma-mlx[media]' for more formats)"
@@ -113,7 +120,7 @@ def _decode(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
     return wave, rate
 
 
-def _decode_av(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]:
+def _decode_av(path: Path, told: str, long_audio: str, limit_s: int | None) -> tuple[np.ndarray, int]:
     try:
         import av
     except ImportError:
@@ -133,7 +140,7 @@ def _decode_av(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]
                     blocks.append(frame.to_ndarray())
                     count += blocks[-1].shape[1]
                 # One frame beyond the limit is enough to know.
-                if rate and count > _LIMIT_S * rate and long_audio == "truncate":
+                if limit_s is not None and rate and count > limit_s * rate and long_audio == "truncate":
                     break
     except InputError:
         raise
@@ -141,8 +148,8 @@ def _decode_av(path: Path, told: str, long_audio: str) -> tuple[np.ndarray, int]
         raise InputError(f"{told}: unreadable audio ({e}); expected a whole audio file") from None
     if not blocks:
         raise InputError(f"{told}: empty audio: no sample could be decoded; remove the row")
-    _check_length(count / rate, told, long_audio)
-    return np.concatenate(blocks, axis=1).T[: _LIMIT_S * rate], rate
+    _check_length(count / rate, told, long_audio, limit_s)
+    return np.concatenate(blocks, axis=1).T[: None if limit_s is None else limit_s * rate], rate
 
 
 def _resample(mono: np.ndarray, rate: int) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
-from gemma_mlx.data.examples import Audio, Example, Image, Text
-from gemma_mlx.data.features import Patches, image_patches, log_mel
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Video
+from gemma_mlx.data.features import Patches, image_patches, log_mel, raw_frames
 from gemma_mlx.data.media import LONG_AUDIO, audio_samples, image_dimensions, load_audio, load_image
 from gemma_mlx.data.template import (
     AUDIO,
@@ -18,8 +18,10 @@ from gemma_mlx.data.template import (
     IMAGE,
     TEXT,
     TRAIN_ON,
+    VIDEO,
     ChatTemplate,
     Sample,
+    WithFrames,
     check_texts,
     encode,
     expand,
@@ -27,8 +29,12 @@ from gemma_mlx.data.template import (
     render_prompt,
 )
 from gemma_mlx.data.tokenizer import Tokenizer, read_json
+from gemma_mlx.data.video import load_frames, timestamps, video_info
 from gemma_mlx.errors import InputError
-from gemma_mlx.spec import ModelSpec, audio_soft_tokens, image_soft_tokens, read_spec
+from gemma_mlx.spec import ModelSpec, image_soft_tokens, read_spec
+
+VIDEO_FRAMES, VIDEO_TOKENS = 32, 70
+"""Frames of a video, and the most soft tokens of each, where the checkpoint's processor config says nothing."""
 
 
 class Processor:
@@ -92,6 +98,13 @@ class Processor:
         return int(own) if own else vision.default_output_length if vision else 280
 
     @cached_property
+    def video_limits(self) -> tuple[int, int]:
+        """(frames of a video, the most soft tokens of each), from the processor's config."""
+        own = read_json(self.folder / "processor_config.json").get("video_processor") or {}
+        own = {**read_json(self.folder / "video_preprocessor_config.json"), **own}
+        return int(own.get("num_frames") or VIDEO_FRAMES), int(own.get("max_soft_tokens") or VIDEO_TOKENS)
+
+    @cached_property
     def template(self) -> ChatTemplate:
         """The chat template in use: asked for, else the checkpoint's, else Gemma 4's format."""
         source = self._chat_template or self.tokenizer.chat_template or DEFAULT_TEMPLATE
@@ -120,7 +133,7 @@ class Processor:
         self.check(example)
         if example.completion:
             return self._completion(example)
-        ids, labels = encode(render_conversation(example, self.template, self.train_on), self.tokenizer)
+        ids, labels = encode(render_conversation(example, self._template(example), self.train_on), self.tokenizer)
         return self._with_media(example, ids, labels, with_features)
 
     def prompt(self, example: Example, with_features: bool = True) -> Sample:
@@ -129,8 +142,13 @@ class Processor:
         if example.completion:
             start = np.array([self.spec.text.bos_token_id], np.int32)
             return self._text_sample(example, start, np.full(1, IGNORE_INDEX, np.int32))
-        ids, labels = encode(render_prompt(example, self.template), self.tokenizer)
+        ids, labels = encode(render_prompt(example, self._template(example)), self.tokenizer)
         return self._with_media(example, ids, labels, with_features)
+
+    @property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """The ids that an answer never holds: slots of media, and those that the checkpoint's own settings name."""
+        return self.tokenizer.suppressed_ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of generated ids."""
@@ -153,38 +171,67 @@ class Processor:
         types = np.full_like(input_ids, TEXT)
         return Sample(input_ids, labels, types, where=example.where, row_id=example.row_id)
 
+    def _template(self, example: Example) -> ChatTemplate | WithFrames:
+        """The template, writing videos as the frames that they are read as."""
+        videos = [part for part in example.media() if isinstance(part, Video)]
+        if not videos:
+            return self.template
+        films = [timestamps(video_info(part.path, example.where), self.video_limits[0]) for part in videos]
+        return WithFrames(self.template, self.tokenizer.text_of(self.spec.video_token_id) or "<|video|>", films)
+
     def _with_media(self, example: Example, ids: list[int], labels: list[int], with_features: bool) -> Sample:
         images: list[Patches] = []
+        videos: list[tuple[Patches, ...]] = []
         clips: list[np.ndarray] = []
         slots: list[tuple[int, int]] = []
         for part in example.media():
-            if isinstance(part, Image) and with_features:
-                images.append(self._patches(part, example.where))
-                slots.append((IMAGE, images[-1].soft_tokens))
+            if not with_features:
+                slots += self._slots(part, example.where)
             elif isinstance(part, Image):
-                slots.append((IMAGE, image_soft_tokens(*image_dimensions(part.path, example.where), *self._budget())))
-            elif with_features:
-                clips.append(log_mel(load_audio(part.path, example.where, self.long_audio)))
-                slots.append((AUDIO, -(-len(clips[-1]) // 4)))
+                images.append(self._patches(load_image(part.path, example.where), part, example.where))
+                slots.append((IMAGE, images[-1].soft_tokens))
+            elif isinstance(part, Video):
+                frames = load_frames(part.path, example.where, self.video_limits[0])
+                videos.append(tuple(self._patches(frame, part, example.where) for frame in frames))
+                slots += [(VIDEO, frame.soft_tokens) for frame in videos[-1]]
             else:
-                count = audio_samples(part.path, example.where, self.long_audio)
-                slots.append((AUDIO, audio_soft_tokens(count)))
+                clips.append(self._features(part, example.where))
+                slots.append((AUDIO, -(-len(clips[-1]) // self.spec.audio.frames_per_token)))
         input_ids, label_ids, types = expand(ids, labels, slots, self.tokenizer, example.where)
-        return Sample(input_ids, label_ids, types, tuple(images), tuple(clips), example.where, example.row_id)
+        per_token = self.spec.audio.frames_per_token if clips else 4
+        media = (tuple(images), tuple(clips), example.where, example.row_id, tuple(videos), per_token)
+        return Sample(input_ids, label_ids, types, *media)
 
-    def _patches(self, part: Image, where: str) -> Patches:
-        image = load_image(part.path, where)
+    def _slots(self, part: Image | Video | Audio, where: str) -> list[tuple[int, int]]:
+        """(token type, slots) of a medium, without decoding more of it than its size needs."""
+        if isinstance(part, Image):
+            return [(IMAGE, image_soft_tokens(*image_dimensions(part.path, where), *self._budget(part)))]
+        if isinstance(part, Video):
+            info = video_info(part.path, where)
+            frames = min(info.frames, self.video_limits[0])
+            return [(VIDEO, image_soft_tokens(*info.size, *self._budget(part)))] * frames
+        audio = self.spec.audio
+        return [(AUDIO, audio.soft_tokens(audio_samples(part.path, where, self.long_audio, audio.max_samples)))]
+
+    def _features(self, part: Audio, where: str) -> np.ndarray:
+        audio = self.spec.audio
+        wave = load_audio(part.path, where, self.long_audio, audio.max_samples)
+        return raw_frames(wave, audio.audio_embed_dim) if self.spec.unified else log_mel(wave)
+
+    def _patches(self, picture: np.ndarray, part: Image | Video, where: str) -> Patches:
         try:
-            return image_patches(image, *self._budget())
+            return image_patches(picture, *self._budget(part))
         except InputError as e:
             raise InputError(f"{where}: {part.path}: {e}") from None
 
-    def _budget(self) -> Sequence[int]:
+    def _budget(self, part: Image | Video) -> Sequence[int]:
+        """(the most soft tokens, pixels of a patch's side, patches of a soft token's side)."""
         vision = self.spec.vision
-        return self.image_tokens, vision.patch_size, vision.pooling_kernel_size
+        most = self.image_tokens if isinstance(part, Image) else self.video_limits[1]
+        return most, vision.input_patch, vision.input_pooling
 
-    def _need_tower(self, part: Image | Audio, example: Example) -> None:
-        kind, tower = ("vision", self.spec.vision) if isinstance(part, Image) else ("audio", self.spec.audio)
+    def _need_tower(self, part: Image | Video | Audio, example: Example) -> None:
+        kind, tower = ("audio", self.spec.audio) if isinstance(part, Audio) else ("vision", self.spec.vision)
         if tower is None:
             raise InputError(
                 f"{example.where}: {part.path}: this checkpoint has no {kind} tower ({kind}_config in config.json); "

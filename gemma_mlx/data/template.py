@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
-from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
+from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.features import Patches
 from gemma_mlx.data.tokenizer import Tokenizer
+from gemma_mlx.data.video import spell_frames
 from gemma_mlx.errors import InputError
 
 DEFAULT_TEMPLATE = """\
@@ -31,7 +32,7 @@ DEFAULT_TEMPLATE = """\
         {{- message.content | trim -}}
     {%- else -%}
         {%- for part in message.content -%}
-            {{- '<|image|>' if part.type == 'image' else '<|audio|>' if part.type == 'audio' else part.text | trim -}}
+            {{- '<|' + part.type + '|>' if part.type in ('image', 'video', 'audio') else part.text | trim -}}
         {%- endfor -%}
     {%- endif -%}
     {{- '<turn|>\\n' -}}
@@ -56,11 +57,13 @@ class Sample:
     Attributes:
         input_ids: int32 [T], media slots expanded.
         labels: int32 [T], not shifted; `IGNORE_INDEX` where there is no loss.
-        token_types: int32 [T]; 1 on image slots, 3 on audio slots, else 0.
+        token_types: int32 [T]; 1 on image slots, 2 on video slots, 3 on audio slots, else 0.
         images: patches of each picture in reading order.
-        clips: float32 [frames, 128] of each clip in reading order.
+        clips: float32 [frames, bins] of each clip in reading order.
         where: "train.csv:8", for messages.
         row_id: the row's name in reports.
+        videos: patches of each frame of each video in reading order.
+        frames_per_token: of clips.
     """
 
     input_ids: np.ndarray
@@ -70,6 +73,8 @@ class Sample:
     clips: tuple[np.ndarray, ...] = ()
     where: str = ""
     row_id: str = ""
+    videos: tuple[tuple[Patches, ...], ...] = ()
+    frames_per_token: int = 4
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -77,9 +82,8 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """Memory held by the arrays."""
-        return (
-            3 * self.input_ids.nbytes + sum(image.nbytes for image in self.images) + sum(c.nbytes for c in self.clips)
-        )
+        pictures = (*self.images, *(frame for video in self.videos for frame in video))
+        return 3 * self.input_ids.nbytes + sum(p.nbytes for p in pictures) + sum(c.nbytes for c in self.clips)
 
     @property
     def label_count(self) -> int:
@@ -162,10 +166,10 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return messages
 
 
-def _part(part: Text | Image | Audio) -> dict[str, str]:
+def _part(part: Text | Image | Video | Audio) -> dict[str, str]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
-    return {"type": "image" if isinstance(part, Image) else "audio"}
+    return {"type": type(part).__name__.lower()}
 
 
 def check_texts(example: Example, tokenizer: Tokenizer) -> None:
@@ -181,6 +185,24 @@ def check_texts(example: Example, tokenizer: Tokenizer) -> None:
                     raise InputError(f"{example.where}: the text contains the control token {token}; remove it")
 
 
+class WithFrames:
+    """A chat template whose placeholders of videos come out as their frames.
+
+    Args:
+        template: the template.
+        placeholder: what it writes for a video.
+        films: the times of each video's frames, in reading order.
+    """
+
+    def __init__(self, template: ChatTemplate, placeholder: str, films: Sequence[Sequence[str]]):
+        self._template, self._placeholder, self._films = template, placeholder, films
+
+    def render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> str:
+        """As `ChatTemplate.render`."""
+        text = self._template.render(messages, where, add_generation_prompt)
+        return spell_frames(text, self._placeholder, self._films)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text, and the spans [start, end) of characters that carry loss."""
@@ -189,13 +211,13 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-def render_prompt(example: Example, template: ChatTemplate) -> Rendered:
+def render_prompt(example: Example, template: ChatTemplate | WithFrames) -> Rendered:
     """Everything up to where the last model turn begins to speak."""
     turns = example.turns[:-1] if example.turns and example.turns[-1].role == "model" else example.turns
     return Rendered(template.render(messages_of(turns), example.where, add_generation_prompt=True), ())
 
 
-def render_conversation(example: Example, template: ChatTemplate, train_on: str = "all") -> Rendered:
+def render_conversation(example: Example, template: ChatTemplate | WithFrames, train_on: str = "all") -> Rendered:
     """The whole conversation, with the spans of the model turns that are trained on.
 
     Each turn's surroundings are found by rendering a stand-in for its answer, so that any template will do.
@@ -258,6 +280,10 @@ def _token_span(span: tuple[int, int], text: str, ids: list[int], tokenizer: Tok
     return (len(before), len(through)) if fits else None
 
 
+def _counts(kinds: list[int]) -> str:
+    return f"{kinds.count(IMAGE)} images, {kinds.count(VIDEO)} frames and {kinds.count(AUDIO)} clips"
+
+
 def expand(
     ids: list[int], labels: list[int], media: Sequence[tuple[int, int]], tokenizer: Tokenizer, where: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -266,7 +292,7 @@ def expand(
     Args:
         ids: with one placeholder for each medium.
         labels: of the same length.
-        media: (token type, slots) of each medium in reading order.
+        media: (token type, slots) of each picture, frame and clip in reading order.
         tokenizer: knows the ids.
         where: for messages.
 
@@ -279,15 +305,16 @@ def expand(
     s = tokenizer.spec
     marks = {
         s.image_token_id: (IMAGE, s.boi_token_id, s.eoi_token_id),
+        s.video_token_id: (VIDEO, s.boi_token_id, s.eoi_token_id),
         s.audio_token_id: (AUDIO, s.boa_token_id, s.eoa_token_id),
     }
     places = [i for i, token in enumerate(ids) if token in marks]
     found, wanted = [marks[ids[i]][0] for i in places], [kind for kind, _ in media]
     if found != wanted:
         raise InputError(
-            f"{where}: {wanted.count(IMAGE)} images and {wanted.count(AUDIO)} clips, but the rendered conversation has "
-            f"{found.count(IMAGE)} and {found.count(AUDIO)} placeholders (in this order: {found}, expected {wanted}); "
-            "the chat template or the tokenizer does not fit this checkpoint"
+            f"{where}: {_counts(wanted)}, but the rendered conversation has placeholders for {_counts(found)} "
+            f"(in this order: {found}, expected {wanted}); the chat template or the tokenizer does not fit this "
+            "checkpoint"
         )
     out_ids: list[int] = []
     out_labels: list[int] = []

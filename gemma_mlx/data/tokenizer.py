@@ -124,6 +124,14 @@ class Tokenizer:
         return tuple(i for i in known if i is not None)
 
     @cached_property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Slots of media, and generation_config.json's ``suppress_tokens`` (12B: the closing markers of media)."""
+        s = self.spec
+        named = read_json(self.folder / "generation_config.json").get("suppress_tokens") or []
+        known = {s.image_token_id, s.video_token_id, s.audio_token_id, *map(int, named)}
+        return tuple(sorted(i for i in known if 0 <= i < s.text.vocab_size))
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The checkpoint's template: chat_template.jinja, chat_template.json, or tokenizer_config.json's."""
         path = self.folder / "chat_template.jinja"

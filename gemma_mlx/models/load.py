@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.multimodal import Gemma4
-from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
-from gemma_mlx.spec import ModelSpec, read_spec
+from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
+from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
 if TYPE_CHECKING:
     from gemma_mlx.data.processor import Processor
@@ -129,7 +129,7 @@ def _match(
     _indexed_names(folder, stored)
     matched, unexpected = {}, []
     for tensor in stored.values():
-        path = module_path(tensor.name)
+        path = module_path(tensor.name, spec.unified)
         if path not in wanted:
             if not may_be_dropped(path, spec) and not may_be_dropped(tensor.name, spec):
                 unexpected.append(tensor.name)
@@ -163,7 +163,11 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
 
 
 def load_model(
-    folder: str | Path, dtype: str | None = None, allow_unexpected: bool = False, audio_window: int = 12
+    folder: str | Path,
+    dtype: str | None = None,
+    allow_unexpected: bool = False,
+    audio_window: int = 12,
+    vision_runs: str = "sliding",
 ) -> Gemma4:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
@@ -173,14 +177,20 @@ def load_model(
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
         audio_window: keys that an audio frame attends to, itself included: 12 (transformers) or 13 (Google's JAX).
+        vision_runs: in which layers the slots of a picture see each other, where the checkpoint has them do so:
+            "sliding" (transformers' Gemma 4, and vLLM for all sizes) or "all", whatever the window (what transformers
+            5.23 does in the forward of ``Gemma4Unified``, the 12B, though not with a static cache).
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    if spec.audio is not None:
+    if isinstance(spec.audio, AudioSpec):
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
+    if vision_runs not in ("sliding", "all"):
+        raise InputError(f"vision_runs {vision_runs!r}: expected 'sliding' or 'all'")
+    spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
     target = _dtype(dtype, spec)
     model = Gemma4(spec)
     wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
@@ -224,7 +234,7 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
     tensors = {}
     for name, array in params.items():
         axes = to_torch_axes(name, array.ndim)
-        tensors[name] = array if axes is None else mx.contiguous(array.transpose(axes))
+        tensors[stored_name(name, model.spec.unified)] = array if axes is None else mx.contiguous(array.transpose(axes))
     shards = _shards(tensors)
     files = {}
     for i, shard in enumerate(shards):

@@ -12,8 +12,10 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.models.cache import Cache
 from gemma_mlx.models.gemma4.audio import AudioTower
 from gemma_mlx.models.gemma4.text import TextModel, place
+from gemma_mlx.models.gemma4.unified import UnifiedVisionEmbedder
 from gemma_mlx.models.gemma4.vision import VisionTower
 from gemma_mlx.models.layers import MultimodalEmbedder
+from gemma_mlx.models.media import MEDIA, soft_token_index
 from gemma_mlx.spec import ModelSpec
 
 Array = Any
@@ -44,28 +46,57 @@ def splice(embeddings: mx.array, slots: mx.array, soft_tokens: mx.array) -> mx.a
 
 
 class Gemma4Model(nn.Module):
-    """Towers, embedders and text decoder under the names of transformers' ``Gemma4Model``."""
+    """Towers, embedders and text decoder under the names of transformers' ``Gemma4Model``.
+
+    Gemma 4 12B (``Gemma4UnifiedModel``) has embedders alone.
+    """
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        text = spec.text
+        text, vision, audio = spec.text, spec.vision, spec.audio
         self.language_model = TextModel(text)
-        if spec.vision is not None:
-            self.vision_tower = VisionTower(spec.vision)
-            self.embed_vision = MultimodalEmbedder(spec.vision.hidden_size, text.hidden_size, spec.vision.rms_norm_eps)
-        if spec.audio is not None:
-            audio = spec.audio
+        if vision is not None and spec.unified:
+            self.embed_vision = UnifiedVisionEmbedder(vision, text.hidden_size)
+        elif vision is not None:
+            self.vision_tower = VisionTower(vision)
+            self.embed_vision = MultimodalEmbedder(vision.hidden_size, text.hidden_size, vision.rms_norm_eps)
+        if audio is not None and spec.unified:
+            self.embed_audio = MultimodalEmbedder(audio.audio_embed_dim, text.hidden_size, audio.rms_norm_eps)
+        elif audio is not None:
             self.audio_tower = AudioTower(audio, audio.attention_window)
             self.embed_audio = MultimodalEmbedder(audio.output_proj_dims, text.hidden_size, audio.rms_norm_eps)
 
+    def soft_tokens(self, kind: str, values: Array, where: Array, index: mx.array) -> mx.array:
+        """Soft tokens [n, H] of all media of a kind, in order, padding dropped. Can be traced.
+
+        Args:
+            kind: "image", "video" or "audio".
+            values: pixels or audio features.
+            where: their positions or mask.
+            index: `soft_token_index` of `where`.
+        """
+        values, where = mx.array(values), mx.array(where)
+        if kind == "audio" and "audio_tower" in self:
+            return self.embed_audio(self.audio_tower(values, where, index))
+        if kind == "audio":
+            soft = self.embed_audio(values.astype(self.embed_audio.embedding_projection.weight.dtype))
+        elif "vision_tower" in self:
+            return self.embed_vision(self.vision_tower(values, where, index))
+        else:
+            soft = self.embed_vision(values, where)
+        return mx.take(soft.reshape(-1, soft.shape[-1]), index, axis=0)
+
 
 class Gemma4(nn.Module):
-    """Gemma 4 with its towers (transformers' ``Gemma4ForConditionalGeneration``): a checkpoint name is a module path.
+    """Gemma 4 with its media (transformers' ``Gemma4ForConditionalGeneration`` and
+    ``Gemma4UnifiedForConditionalGeneration``): module paths are their names.
 
     All methods take numpy or MLX arrays named as in transformers' forward: input_ids int [B, T]; attention_mask
     [B, T], 1 on tokens; pixel_values float [N, P, 3·patch²] in [0, 1] with image_position_ids int [N, P, 2], −1 on
-    padding; input_features float [M, F, 128] with input_features_mask bool [M, F]. Media of all rows come in reading
-    order. mm_token_type_ids is accepted and not needed: E2B and E4B attend causally to everything.
+    padding; pixel_values_videos and video_position_ids, the same with the frames of all videos one after the other;
+    input_features float [M, F, 128] (12B: [M, F, 640] raw samples) with input_features_mask bool [M, F]. Media of all
+    rows come in reading order. mm_token_type_ids int [B, T] (0 text, 1 image, 2 video, 3 audio) tells models whose
+    pictures see themselves whole where they are; without it attention is causal. E2B and E4B do not need it.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -73,37 +104,33 @@ class Gemma4(nn.Module):
         self.spec = spec
         self.model = Gemma4Model(spec)
 
-    def encode(
-        self,
-        pixel_values: Array | None = None,
-        image_position_ids: Array | None = None,
-        input_features: Array | None = None,
-        input_features_mask: Array | None = None,
-    ) -> dict[str, mx.array]:
+    def encode(self, num_frames_per_video: Array | None = None, **media: Array) -> dict[str, mx.array]:
         """Soft tokens in the decoder's embedding space, flat over all media, padding dropped.
 
+        Args:
+            num_frames_per_video: accepted and not needed, since frames come one after the other.
+            media: the arrays of `MEDIA`; None for none.
+
         Returns:
-            `image_soft_tokens` [n, H] and `audio_soft_tokens` [m, H], those whose media were given; `hidden` and
-            `__call__` take them in place of the media.
+            `image_soft_tokens`, `video_soft_tokens` and `audio_soft_tokens`, [n, H] each, those whose media were given;
+            `hidden` and `__call__` take them in place of the media.
 
         Raises:
             InputError: media for which the checkpoint has no tower, or without their positions or mask.
         """
+        if unknown := set(media) - {name for names in MEDIA.values() for name in names}:
+            raise TypeError(f"unknown input {min(unknown)!r}")
         out = {}
-        if pixel_values is not None:
-            if self.spec.vision is None:
-                raise InputError("pixel_values given, but the checkpoint has no vision tower")
-            if image_position_ids is None:
-                raise InputError("pixel_values need image_position_ids")
-            soft = self.model.vision_tower(pixel_values, image_position_ids)
-            out["image_soft_tokens"] = self.model.embed_vision(soft)
-        if input_features is not None:
-            if self.spec.audio is None:
-                raise InputError("input_features given, but the checkpoint has no audio tower")
-            if input_features_mask is None:
-                raise InputError("input_features need input_features_mask")
-            soft = self.model.audio_tower(input_features, input_features_mask)
-            out["audio_soft_tokens"] = self.model.embed_audio(soft)
+        for kind, (values, where) in MEDIA.items():
+            if media.get(values) is None:
+                continue
+            part = "audio" if kind == "audio" else "vision"
+            if getattr(self.spec, part) is None:
+                raise InputError(f"{values} given, but the checkpoint has no {part} tower")
+            if media.get(where) is None:
+                raise InputError(f"{values} need {where}")
+            index = mx.array(soft_token_index(self.spec, kind, np.asarray(media[where])))
+            out[f"{kind}_soft_tokens"] = self.model.soft_tokens(kind, media[values], media[where], index)
         return out
 
     def _check_ids(self, input_ids: np.ndarray | None, soft: dict[int, tuple[str, mx.array | None]]) -> None:
@@ -122,7 +149,11 @@ class Gemma4(nn.Module):
                 )
 
     def embed(
-        self, input_ids: Array, image_soft_tokens: mx.array | None = None, audio_soft_tokens: mx.array | None = None
+        self,
+        input_ids: Array,
+        image_soft_tokens: mx.array | None = None,
+        audio_soft_tokens: mx.array | None = None,
+        video_soft_tokens: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """(embeddings [B, T, H] with the soft tokens spliced in, per-layer inputs [B, T, layers, width] or None).
 
@@ -133,7 +164,7 @@ class Gemma4(nn.Module):
         soft = {
             spec.image_token_id: ("image", image_soft_tokens),
             spec.audio_token_id: ("audio", audio_soft_tokens),
-            spec.video_token_id: ("video", None),
+            spec.video_token_id: ("video", video_soft_tokens),
         }
         self._check_ids(_host(input_ids), soft)
         ids = mx.array(input_ids)
@@ -153,6 +184,7 @@ class Gemma4(nn.Module):
         mm_token_type_ids: Array | None = None,
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
+        video_soft_tokens: mx.array | None = None,
         cache: Cache | None = None,
         **media: Array,
     ) -> mx.array:
@@ -160,7 +192,8 @@ class Gemma4(nn.Module):
 
         Right padding needs no attention_mask without a cache: causality hides it from every token. What comes out at
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
-        padding among the new ones ([B, T], or [B, seen + T] of which the end is used), and padded keys stay hidden.
+        padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
+        keys stay hidden.
 
         Raises:
             InputError: the number of slots differs from the number of soft tokens, or media without a tower.
@@ -170,10 +203,21 @@ class Gemma4(nn.Module):
             input_ids,
             encoded.get("image_soft_tokens", image_soft_tokens),
             encoded.get("audio_soft_tokens", audio_soft_tokens),
+            encoded.get("video_soft_tokens", video_soft_tokens),
         )
         valid = self._valid(attention_mask, input_ids.shape, cache)
-        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
+        types = self._vision_types(mm_token_type_ids, input_ids.shape[1])
+        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, types)
         return self.model.language_model(embeddings, per_layer, where, cache)
+
+    def _vision_types(self, mm_token_type_ids: Array | None, length: int) -> mx.array | None:
+        """Token types of the last `length` tokens, or None where they change nothing."""
+        if mm_token_type_ids is None or not self.spec.text.bidirectional_vision:
+            return None
+        known = _host(mm_token_type_ids)
+        if known is not None and not np.isin(known[:, -length:], (1, 2)).any():
+            return None
+        return mx.array(mm_token_type_ids)[:, -length:].astype(mx.int32)
 
     def _valid(self, attention_mask: Array | None, shape: tuple[int, int], cache: Cache | None) -> mx.array | None:
         """bool [B, seen + T] of keys that may be seen, or None where causality hides all padding by itself."""

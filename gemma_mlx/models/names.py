@@ -13,14 +13,36 @@ from gemma_mlx.spec import ModelSpec
 _CONVOLUTION = re.compile(r"\.(conv|depthwise_conv1d)\.weight$")
 _SHARED_KV = re.compile(r"^model\.language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _TIED_HEADS = frozenset({"lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight"})
-_PARTS = ("language_model.", "vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
+_PARTS = ("language_model.", "vision_tower.", "vision_embedder.", "audio_tower.", "embed_vision.", "embed_audio.")
 
 
-def module_path(name: str) -> str:
-    """The module path of a checkpoint's tensor name: transformers' name, or unchanged where nothing is known of it."""
+_UNIFIED = "model.vision_embedder.", "model.embed_vision."
+_UNIFIED_PROJECTION = (
+    "model.embed_vision.embedding_projection.",
+    "model.embed_vision.multimodal_embedder.embedding_projection.",
+)
+
+
+def module_path(name: str, unified: bool = False) -> str:
+    """The module path of a checkpoint's tensor name: transformers' name, or unchanged where nothing is known of it.
+
+    `unified` for Gemma 4 12B, whose files and modules name the parts of the vision embedder differently.
+    """
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
-    return f"model.{name}" if name.startswith(_PARTS) else name
+    path = f"model.{name}" if name.startswith(_PARTS) else name
+    for stored, module in (_UNIFIED, _UNIFIED_PROJECTION) if unified else ():
+        if path.startswith(stored):
+            return module + path.removeprefix(stored)
+    return path
+
+
+def stored_name(path: str, unified: bool = False) -> str:
+    """The name that published files have for a module path: `module_path` the other way round."""
+    for stored, module in (_UNIFIED_PROJECTION, _UNIFIED) if unified else ():
+        if path.startswith(module):
+            return stored + path.removeprefix(module)
+    return path
 
 
 def may_be_dropped(name: str, spec: ModelSpec) -> bool:

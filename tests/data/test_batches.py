@@ -62,7 +62,8 @@ def test_collate(table, processor, multiple):
         assert not batch.mm_token_type_ids[i, n:].any()
     assert batch.row_ids == ("a", "b", "c", "d", "e")
     assert batch.label_count == sum(sample.label_count for sample in samples)
-    kinds = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if f.name != "row_ids"}
+    given = [f.name for f in fields(batch) if f.name in batch.inputs() or f.name == "labels"]
+    kinds = {name: getattr(batch, name).dtype for name in given}
     assert kinds == {
         **dict.fromkeys(("input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_position_ids"), np.int32),
         **{"pixel_values": np.float32, "input_features": np.float32, "input_features_mask": np.bool_},

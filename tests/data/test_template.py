@@ -266,7 +266,7 @@ def test_templates_that_refuse_or_do_not_know_media(table, checkpoint):
         Dataset(path, refuses)[0]
     text_only = Processor(checkpoint, chat_template="{% for m in messages %}{% if m.content is string %}"
                           "{{ m.content }}{% endif %}!{% endfor %}")  # fmt: skip
-    with pytest.raises(InputError, match=r"train.csv:2: 1 images and 0 clips, but .* 0 and 0 placeholders"):
+    with pytest.raises(InputError, match=r"csv:2: 1 images, 0 frames and 0 clips, but .* for 0 images"):
         Dataset(path, text_only)[0]
     with pytest.raises(InputError, match="not valid Jinja"):
         Processor(checkpoint, chat_template="{% if %}").prompt(Example((Turn("user", (Text("a"),)),)))

@@ -85,9 +85,12 @@ def test_a_checkpoint_without_towers(config):
     ("change", "message"),
     [
         ({"model_type": "gemma3"}, "model_type is 'gemma3'"),
-        ({"text_config": {"enable_moe_block": True}}, "enable_moe_block is True"),
-        ({"text_config": {"attention_k_eq_v": True}}, "attention_k_eq_v is True"),
-        ({"text_config": {"use_bidirectional_attention": "vision"}}, "use_bidirectional_attention is 'vision'"),
+        ({"text_config": {"enable_moe_block": True}}, "enable_moe_block needs num_experts"),
+        (
+            {"text_config": dict(enable_moe_block=True, num_experts=4, moe_intermediate_size=8, top_k_experts=5)},
+            "top_k_experts is 5; expected 1 to 4",
+        ),
+        ({"text_config": {"use_bidirectional_attention": "all"}}, "use_bidirectional_attention is 'all'"),
         ({"text_config": {"layer_types": ["full_attention"] * 3}}, "expected 10 entries"),
         ({"text_config": {"rope_parameters": {"full_attention": {}}}}, "no entry for 'sliding_attention'"),
         ({"text_config": {"num_kv_shared_layers": 7}}, "no earlier layer to share with"),

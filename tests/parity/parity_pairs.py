@@ -91,7 +91,8 @@ def noisy(backend: TorchBackend, batch: Batch, size: float = 1e-7) -> Iterator[B
     changes is float32 noise, the floor below which a difference of ours means nothing.
     """
     for implementation in ("sdpa", "eager"):  # the audio tower has only eager
-        backend.model.set_attn_implementation({"text_config": implementation, "vision_config": implementation})
+        parts = ("text_config", "vision_config") if hasattr(backend.model.model, "vision_tower") else ("text_config",)
+        backend.model.set_attn_implementation(dict.fromkeys(parts, implementation))
         if implementation == "sdpa":
             yield batch
     for seed in (0, 1):
@@ -108,7 +109,7 @@ def _perturbed(model, batch: Batch, seed: int, size: float):
         return out + size * torch.randn(out.shape, generator=generator)
 
     changes = {}
-    for name in ("pixel_values", "input_features"):
+    for name in ("pixel_values", "pixel_values_videos", "input_features"):
         if (x := getattr(batch, name)) is not None:
             changes[name] = (x + size * rng.standard_normal(x.shape) * (x != 0)).astype(np.float32)
     handle = model.get_input_embeddings().register_forward_hook(add_noise)

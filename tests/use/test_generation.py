@@ -118,3 +118,27 @@ def test_conversations():
 def test_bad_conversations_get_one_line(bad):
     with pytest.raises(InputError, match="conversation: expected"):
         as_example(bad)
+
+
+def test_slots_of_media_are_never_an_answer(checkpoint_folder):
+    """Where the model likes a slot best, the next best token is taken; the checkpoint can name further tokens."""
+    import json
+
+    from gemma_mlx.data.processor import Processor
+    from gemma_mlx.generation import greedy, suppressing
+
+    processor = Processor(checkpoint_folder)
+    spec = processor.spec
+    slots = {spec.image_token_id, spec.video_token_id, spec.audio_token_id}
+    assert set(processor.suppressed_ids) == slots
+    logits = np.zeros((2, spec.text.vocab_size), np.float32)
+    logits[:, sorted(slots)] = 5
+    logits[[0, 1], [100, 200]] = 1
+    assert suppressing(greedy, processor.suppressed_ids)(mx.array(logits)).tolist() == [100, 200]
+    path = checkpoint_folder / "generation_config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(before), "suppress_tokens": [7]}))
+        assert set(Processor(checkpoint_folder).suppressed_ids) == {7, *slots}
+    finally:
+        path.write_text(before)

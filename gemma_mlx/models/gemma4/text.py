@@ -1,4 +1,4 @@
-"""Gemma 4's text decoder (E2B and E4B): transformers' ``Gemma4TextModel`` in MLX.
+"""Gemma 4's text decoder: transformers' ``Gemma4TextModel`` in MLX.
 
 Keys and values are explicit: a layer that owns them returns them, a layer that shares takes them as an argument. So
 they are outputs and inputs of a checkpointed layer, and gradients of all consumers reach their provider.
@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
+from gemma_mlx.models.gemma4.experts import Experts, Router
 from gemma_mlx.models.layers import BufferModule, RMSNorm, gelu_tanh
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
 
@@ -54,8 +55,21 @@ def rotate(x: mx.array, periods: mx.array, positions: int | mx.array) -> mx.arra
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def vision_runs(mm_token_type_ids: mx.array) -> mx.array:
+    """int [B, T]: the same positive number along each run of consecutive picture or video slots, 0 elsewhere."""
+    vision = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
+    before = mx.pad(vision[:, :-1], [(0, 0), (1, 0)])
+    return mx.where(vision, mx.cumsum((vision & ~before).astype(mx.int32), axis=1), 0)
+
+
 def additive_mask(
-    queries: mx.array, keys: mx.array, window: int | None, valid: mx.array | None, dtype: mx.Dtype
+    queries: mx.array,
+    keys: mx.array,
+    window: int | None,
+    valid: mx.array | None,
+    dtype: mx.Dtype,
+    runs: mx.array | None = None,
+    windowed_runs: bool = True,
 ) -> mx.array:
     """Mask [B or 1, 1, Tq, Tk]: 0 where a key may be seen, else the dtype's most negative finite value.
 
@@ -66,11 +80,21 @@ def additive_mask(
         keys: int positions [Tk].
         window: keys that a query sees, itself included; None for all up to itself.
         valid: bool [B, Tk], false on padding keys.
+        runs: int [B, Tq], as `vision_runs` gives them, where the queries are the last Tq of the keys: within a run,
+            later keys are seen too.
+        windowed_runs: whether the window limits what is seen within a run.
     """
     distance = queries[:, None, :, None] - keys[None, None, None, :]
-    seen = distance >= 0
-    if window is not None:
-        seen = mx.logical_and(seen, distance < window)
+    seen, near = distance >= 0, None if window is None else distance < window
+    if near is not None and not (windowed_runs and runs is not None):
+        seen = mx.logical_and(seen, near)
+    if runs is not None:
+        # Keys of earlier calls precede every query, so causality already decides about them.
+        of_keys = mx.pad(runs, [(0, 0), (keys.shape[0] - runs.shape[1], 0)])
+        within = mx.logical_and(runs[:, None, :, None] == of_keys[:, None, None, :], runs[:, None, :, None] > 0)
+        seen = mx.logical_or(seen, within)
+        if near is not None and windowed_runs:
+            seen = mx.logical_and(seen, near)
     if valid is not None:
         seen = mx.logical_and(seen, valid[:, None, None, :])
     return mx.where(seen, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
@@ -89,25 +113,36 @@ class Place:
 
 
 def place(
-    spec: TextSpec, length: int, dtype: mx.Dtype, valid: mx.array | None = None, cache: Cache | None = None
+    spec: TextSpec,
+    length: int,
+    dtype: mx.Dtype,
+    valid: mx.array | None = None,
+    cache: Cache | None = None,
+    mm_token_type_ids: mx.array | None = None,
 ) -> Place:
     """The place of `length` consecutive tokens after those that `cache` has seen.
 
     Args:
         valid: bool [B, offset + length], false on padding; None where there is none, or only on the right (a causal
             mask hides padding on the right from every real token).
+        mm_token_type_ids: int [B, length], of models whose pictures see themselves whole; None for causal attention
+            alone. A picture cut over two calls sees only what has been given so far.
     """
+    runs = None
+    if mm_token_type_ids is not None and spec.bidirectional_vision and length > 1:
+        runs = vision_runs(mm_token_type_ids)
     offset = 0 if cache is None else cache.offset
     masks: dict[str, mx.array | str | None] = {}
     for kind, window in ((FULL, None), (SLIDING, spec.sliding_window)):
         n_keys = length + (0 if cache is None else cache.held(kind))
-        if valid is None and (window is None or n_keys <= window):
+        own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
+        if valid is None and own_runs is None and (window is None or n_keys <= window):
             masks[kind] = None if length == 1 else "causal"
             continue
         queries = mx.arange(offset, offset + length)[None]
         keys = mx.arange(offset + length - n_keys, offset + length)
         seen = None if valid is None else valid[:, -n_keys:]
-        masks[kind] = additive_mask(queries, keys, window, seen, dtype)
+        masks[kind] = additive_mask(queries, keys, window, seen, dtype, own_runs, spec.vision_runs == "sliding")
     return Place(offset, masks)
 
 
@@ -117,7 +152,7 @@ class Attention(nn.Module):
     def __init__(self, spec: TextSpec, layer: int):
         super().__init__()
         self.kind = spec.layer_types[layer]
-        self.heads, self.kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self.heads, self.kv_heads = spec.num_attention_heads, spec.layer_kv_heads(layer)
         self.head_dim = spec.layer_head_dim(layer)
         self.owns_kv = layer < spec.first_kv_shared_layer
         hidden, d = spec.hidden_size, self.head_dim
@@ -126,16 +161,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, spec.rms_norm_eps)
         if self.owns_kv:
             self.k_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
-            self.v_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
+            if not spec.layer_k_eq_v(layer):
+                self.v_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
             self.k_norm = RMSNorm(d, spec.rms_norm_eps)
             self.v_norm = RMSNorm(d, spec.rms_norm_eps, with_scale=False)
         self._periods = rope_periods(d, spec.rope_parameters[self.kind])
 
     def keys_values(self, x: mx.array, where: Place) -> KeysValues:
         """Normed and rotated keys, normed values, each [B, kv_heads, T, d]. Only where the layer owns them."""
-        batch, length, _ = x.shape
-        k = self.k_norm(self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
-        v = self.v_norm(self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
+        shape = (*x.shape[:2], self.kv_heads, self.head_dim)
+        k = self.k_proj(x).reshape(shape)
+        v = self.v_proj(x).reshape(shape) if "v_proj" in self else k
+        k, v = self.k_norm(k).swapaxes(1, 2), self.v_norm(v).swapaxes(1, 2)
         return rotate(k, self._periods, where.positions), v
 
     def __call__(self, x: mx.array, kv: KeysValues, where: Place) -> mx.array:
@@ -173,6 +210,12 @@ class DecoderLayer(BufferModule):
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
         self.add_buffer("layer_scalar", mx.ones((1,)))
+        if spec.enable_moe_block:
+            self.router = Router(spec)
+            self.experts = Experts(spec)
+            self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+            self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+            self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
         if spec.hidden_size_per_layer_input:
             self.per_layer_input_gate = nn.Linear(hidden, spec.hidden_size_per_layer_input, bias=False)
             self.per_layer_projection = nn.Linear(spec.hidden_size_per_layer_input, hidden, bias=False)
@@ -202,11 +245,20 @@ class DecoderLayer(BufferModule):
             if cache is not None:
                 kv = cache.update(*kv)
         x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_feedforward_layernorm(self._feed_forward(x))
         if per_layer_input is not None:
             gated = gelu_tanh(self.per_layer_input_gate(x)) * per_layer_input
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return x * self.layer_scalar.astype(x.dtype), kv
+
+
+    def _feed_forward(self, x: mx.array) -> mx.array:
+        """The MLP; where there are experts, plus what those give whom the router picks by the stream itself."""
+        dense = self.mlp(self.pre_feedforward_layernorm(x))
+        if "experts" not in self:
+            return dense
+        chosen = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(chosen)
 
 
 class TextModel(nn.Module):
