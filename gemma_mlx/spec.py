@@ -185,6 +185,9 @@ def _known(cls: type, config: dict[str, Any], where: str, also: tuple[str, ...] 
     return {k: v for k, v in config.items() if k in names and v is not None}
 
 
+known_fields = _known  # for the other families' specs
+
+
 def _layer_types(config: dict[str, Any], layers: int, where: str) -> tuple[str, ...]:
     """One attention type a layer; every sixth is full where the config has none, and the last one always is."""
     types = list(config.get("layer_types") or (SLIDING if (i + 1) % 6 else FULL for i in range(layers)))
@@ -297,9 +300,16 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
             raise InputError(f"{path}: not found; a checkpoint folder holds config.json") from None
         except (ValueError, OSError) as e:
             raise InputError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "gemma4":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{where}: model_type is {found!r}; supported: 'gemma4' (Gemma 4 E2B and E4B)")
+    found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if found == "gemma3_text":
+        from gemma_mlx.spec_gemma3 import gemma3_spec
+
+        return gemma3_spec(config, where)
+    if found != "gemma4":
+        raise InputError(
+            f"{where}: model_type is {found!r}; supported: 'gemma4' (Gemma 4 E2B and E4B), 'gemma3_text' (Gemma 3 270M "
+            "and 1B)"
+        )
     # The last token id is the one that the files spell "index".
     known = _known(
         ModelSpec,

@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gemma_mlx.data import template_gemma3 as gemma3
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import ModelSpec
 
 TURN_OPEN, TURN_CLOSE = "<|turn>", "<turn|>"
+_TURNS = (TURN_OPEN, TURN_CLOSE, gemma3.TURN_OPEN, gemma3.TURN_CLOSE)
 _TOOL_RESPONSE = "<|tool_response>"
 
 
@@ -51,7 +53,9 @@ class Tokenizer:
             loaded = Loader.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e}); download it again") from None
-        size = loaded.get_vocab_size(with_added_tokens=True)
+        rows = self.spec.text.vocab_size
+        added = loaded.get_added_tokens_decoder()
+        size = loaded.get_vocab_size(with_added_tokens=True) - sum(i >= rows for i in added)
         if size > self.spec.text.vocab_size:
             raise InputError(
                 f"{path}: {size} tokens, the model has {self.spec.text.vocab_size}; use the files of one checkpoint"
@@ -74,7 +78,7 @@ class Tokenizer:
 
     def text_of(self, token_id: int) -> str | None:
         """The text of a token, None where the vocabulary lacks it."""
-        return self._tokenizer.id_to_token(token_id)
+        return None if token_id < 0 else self._tokenizer.id_to_token(token_id)
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
@@ -101,7 +105,7 @@ class Tokenizer:
         """Tokens that structure a conversation and may not stand inside what somebody says."""
         text = self.spec.text
         found = [self.text_of(i) for i in (text.pad_token_id, text.bos_token_id, self.eos_id)]
-        found += [token for token in (TURN_OPEN, TURN_CLOSE) if self.id_of(token) is not None]
+        found += [token for token in _TURNS if self.id_of(token) is not None]
         return (*(token for token in found if token), *self.media_tokens)
 
     @cached_property
@@ -110,7 +114,13 @@ class Tokenizer:
         s = self.spec
         ids = (s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id)
         found = [self.text_of(i) for i in (*ids, s.boa_token_id, s.audio_token_id, s.eoa_token_id)]
-        return tuple(token for token in found if token)
+        return (*(token for token in found if token), *self._without_row)
+
+    @property
+    def _without_row(self) -> list[str]:
+        """Added tokens that the model has no row for: Gemma 3's text checkpoints name a picture's."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for i, token in added.items() if i >= self.spec.text.vocab_size]
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -120,7 +130,7 @@ class Tokenizer:
             return (found,)
         if isinstance(found, Sequence) and found:
             return tuple(int(i) for i in found)
-        known = [self.eos_id, self.id_of(TURN_CLOSE), self.id_of(_TOOL_RESPONSE)]
+        known = [self.eos_id, self.id_of(TURN_CLOSE), self.id_of(gemma3.TURN_CLOSE), self.id_of(_TOOL_RESPONSE)]
         return tuple(i for i in known if i is not None)
 
     @cached_property

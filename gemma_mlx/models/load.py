@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.models.multimodal import Gemma4
+from gemma_mlx.models.families import build, float_dtype
 from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
 from gemma_mlx.spec import ModelSpec, read_spec
 
@@ -164,7 +164,7 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
 
 def load_model(
     folder: str | Path, dtype: str | None = None, allow_unexpected: bool = False, audio_window: int = 12
-) -> Gemma4:
+) -> Any:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
     Args:
@@ -182,7 +182,7 @@ def load_model(
     if spec.audio is not None:
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
     target = _dtype(dtype, spec)
-    model = Gemma4(spec)
+    model = build(spec)
     wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
     matched = _match(folder, spec, wanted, allow_unexpected)
     files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
@@ -207,7 +207,7 @@ def _shards(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     return shards
 
 
-def save_model(model: Gemma4, folder: str | Path) -> None:
+def save_model(model: Any, folder: str | Path) -> None:
     """Write config.json and safetensors that transformers and `load_model` read: its names, torch's layouts.
 
     Every file is written beside its place and renamed; the weights come before config.json.
@@ -216,7 +216,7 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
         InputError: the model holds an adapter (weights that a checkpoint has no names for).
     """
     folder = Path(folder)
-    own = {name for name, _ in tree_flatten(Gemma4(model.spec).parameters())}
+    own = {name for name, _ in tree_flatten(build(model.spec).parameters())}
     params = dict(tree_flatten(model.parameters()))
     if extra := sorted(set(params) ^ own):
         raise InputError(f"{folder}: not weights of a checkpoint: {_some(extra)}; merge the adapter first")
@@ -238,7 +238,7 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
     else:
         total = sum(a.nbytes for a in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    dtype = str(model.model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
+    dtype = str(float_dtype(model)).removeprefix("mlx.core.")
     _write_json(folder / "config.json", {**model.spec.config, "dtype": dtype})
 
 
@@ -278,7 +278,7 @@ def load(
     revision: str | None = None,
     allow_unexpected: bool = False,
     audio_window: int | None = None,
-) -> tuple[Gemma4, Processor]:
+) -> tuple[Any, Processor]:
     """A model and its processor, from a folder or a Hub id.
 
     The processor is lazy: a folder without a tokenizer loads too.
