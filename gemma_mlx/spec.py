@@ -37,7 +37,7 @@ _INERT_KEYS = frozenset(
         "max_position_embeddings", "model_type", "moe_intermediate_size", "num_experts", "output_attentions",
         "output_hidden_states", "prefix", "problem_type", "return_dict", "task_specific_params",
         "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k_experts", "torch_dtype",
-        "transformers_version", "use_cache", "vision_soft_tokens_per_image",
+        "quantization", "quantization_config", "transformers_version", "use_cache", "vision_soft_tokens_per_image",
     }
 )
 

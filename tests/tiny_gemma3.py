@@ -9,27 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-
-def importable():
-    """torchvision's wheels for CUDA do not import beside a CPU's torch until two operators are declared; transformers
-    imports it wherever it is installed."""
-    import sys
-
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-importable()
-
 S, F = "sliding_attention", "full_attention"
 VOCAB = 512
 TEXT = dict(

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.families import build, float_dtype
 from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
+from gemma_mlx.models.quantize import expect_packed, quantize_model, quantized_paths
 from gemma_mlx.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES |= {"U32": 4, "U16": 2, "U64": 8}
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _match(
-    folder: Path, spec: ModelSpec, wanted: dict[str, tuple[int, ...]], allow_unexpected: bool
-) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
+def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
     """Module path -> (stored tensor, axes to transpose) for every parameter of the model.
+
+    Modules whose weights the files hold quantized become quantized ones.
 
     Raises:
         InputError: a tensor is missing, has another shape, is stored twice, or is not expected.
@@ -127,6 +129,9 @@ def _match(
                 raise InputError(f"{file}: {tensor.name} is also in {stored[tensor.name].file.name}")
             stored[tensor.name] = tensor
     _indexed_names(folder, stored)
+    spec = model.spec
+    expect_packed(model, {module_path(t.name): t.shape for t in stored.values()}, spec.config, str(folder))
+    wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
     matched, unexpected = {}, []
     for tensor in stored.values():
         path = module_path(tensor.name)
@@ -163,7 +168,11 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
 
 
 def load_model(
-    folder: str | Path, dtype: str | None = None, allow_unexpected: bool = False, audio_window: int = 12
+    folder: str | Path,
+    dtype: str | None = None,
+    allow_unexpected: bool = False,
+    audio_window: int = 12,
+    quantize: int | None = None,
 ) -> Any:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
@@ -173,6 +182,8 @@ def load_model(
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
         audio_window: keys that an audio frame attends to, itself included: 12 (transformers) or 13 (Google's JAX).
+        quantize: 4, 6 or 8 bits for the decoder's matrices, which are then read and packed here, one by one; None for
+            what the files hold, be it quantized or not.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
@@ -183,15 +194,19 @@ def load_model(
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
     target = _dtype(dtype, spec)
     model = build(spec)
-    wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
-    matched = _match(folder, spec, wanted, allow_unexpected)
+    matched = _match(folder, model, allow_unexpected)
     files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
     weights = []
     for path, (tensor, axes) in matched.items():
         array = files[tensor.file][tensor.name]
-        weights.append((path, (array if axes is None else array.transpose(axes)).astype(target)))
+        array = array if axes is None else array.transpose(axes)
+        # Packed weights are integers and stay as they are.
+        weights.append((path, array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array))
     model.load_weights(weights)
     model.freeze()
+    if quantize is not None:
+        del files, weights, array  # they would keep every float weight that is packed now
+        quantize_model(model, quantize)
     return model
 
 
@@ -213,9 +228,11 @@ def save_model(model: Any, folder: str | Path) -> None:
     Every file is written beside its place and renamed; the weights come before config.json.
 
     Raises:
-        InputError: the model holds an adapter (weights that a checkpoint has no names for).
+        InputError: the model holds an adapter (weights that a checkpoint has no names for), or is quantized.
     """
     folder = Path(folder)
+    if packed := quantized_paths(model):
+        raise InputError(f"{folder}: {len(packed)} matrices are quantized; load the base without quantizing to save it")
     own = {name for name, _ in tree_flatten(build(model.spec).parameters())}
     params = dict(tree_flatten(model.parameters()))
     if extra := sorted(set(params) ^ own):
@@ -285,7 +302,7 @@ def load(
 
     Args:
         model: folder, or Hub id such as "google/gemma-4-E2B-it".
-        quantize: not supported yet.
+        quantize: as for `load_model`; None for what the adapter was trained on.
         adapter: folder of a saved adapter, attached to the model.
         dtype, allow_unexpected: as for `load_model`.
         audio_window: as for `load_model`; None for the one that the adapter was trained with, else 12.
@@ -294,15 +311,13 @@ def load(
     Raises:
         InputError: as `load_model`; the model cannot be found; the adapter does not fit.
     """
-    if quantize is not None:
-        raise InputError(f"quantize {quantize}: not supported yet; leave it out")
     folder = resolve(model, revision)
     from gemma_mlx.data.processor import Processor
     from gemma_mlx.lora import load_adapter, remembered_options
 
     remembered = remembered_options(adapter)
     window = audio_window or remembered.get("audio_window", 12)
-    loaded = load_model(folder, dtype, allow_unexpected, window)
+    loaded = load_model(folder, dtype, allow_unexpected, window, quantize or remembered.get("quantize"))
     if adapter is not None:
         load_adapter(loaded, adapter)
     return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))
