@@ -49,7 +49,7 @@ def option(
 class TrainConfig:
     """The options of one run. Values are converted and checked on construction; a bad one raises InputError."""
 
-    model: str | None = option(None, "text", "run", "Checkpoint: a folder or a Hub id.")
+    model: str | None = option(None, "text", "run", "Checkpoint: a folder, a GGUF file (Gemma 3) or a Hub id.")
     data: str | None = option(None, "text", "run", "CSV of training rows.")
     valid: str | None = option(None, "text", "run", "CSV of validation rows; without it the last adapter is kept.")
     out: str | None = option(None, "text", "run", "Run folder; must not hold a run yet, unless --resume is given.")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import config as gguf_config
+from gemma_mlx.gguf_file import is_gguf
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -281,7 +283,7 @@ def _audio_spec(config: dict[str, Any], where: str) -> AudioSpec:
 
 
 def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
-    """The spec of a checkpoint folder, of a config.json, or of its content as a dict.
+    """The spec of a checkpoint folder, of a config.json, of its content as a dict, or of a GGUF file.
 
     Keys that nothing here knows are warnings naming them.
 
@@ -290,6 +292,8 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
     """
     if isinstance(source, dict):
         config, where = source, "config"
+    elif is_gguf(source):
+        config, where = gguf_config(source), str(source)
     else:
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path

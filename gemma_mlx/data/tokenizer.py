@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gemma_mlx import gguf_file
 from gemma_mlx.data import template_gemma3 as gemma3
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import ModelSpec
@@ -21,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # beside a GGUF file there are none
         return {}
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download the checkpoint again") from None
@@ -32,7 +33,7 @@ class Tokenizer:
     """Text <-> ids through ``tokenizer.json``, read when first needed.
 
     Args:
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder, or a GGUF file, which carries its own.
         spec: its spec, for the ids of media and control tokens.
 
     Raises (when first used):
@@ -44,25 +45,28 @@ class Tokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        loaded = gguf_file.tokenizer(self.folder) if gguf_file.is_gguf(self.folder) else self._from_json()
+        rows = self.spec.text.vocab_size
+        added = loaded.get_added_tokens_decoder()
+        size = loaded.get_vocab_size(with_added_tokens=True) - sum(i >= rows for i in added)
+        if size > rows:
+            raise InputError(
+                f"{self.folder}: the tokenizer has {size} tokens, the model {rows}; use the files of one checkpoint"
+            )
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
+
+    def _from_json(self) -> Any:
         from tokenizers import Tokenizer as Loader
 
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path}: not found; text needs the checkpoint's tokenizer.json, put it into the folder")
         try:
-            loaded = Loader.from_file(str(path))
+            return Loader.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e}); download it again") from None
-        rows = self.spec.text.vocab_size
-        added = loaded.get_added_tokens_decoder()
-        size = loaded.get_vocab_size(with_added_tokens=True) - sum(i >= rows for i in added)
-        if size > self.spec.text.vocab_size:
-            raise InputError(
-                f"{path}: {size} tokens, the model has {self.spec.text.vocab_size}; use the files of one checkpoint"
-            )
-        loaded.no_truncation()
-        loaded.no_padding()
-        return loaded
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as it stands: nothing is added before or after; special tokens written in it are recognised."""
@@ -135,7 +139,9 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The checkpoint's template: chat_template.jinja, chat_template.json, or tokenizer_config.json's."""
+        """The checkpoint's template: chat_template.jinja, chat_template.json, tokenizer_config.json's or a GGUF's."""
+        if gguf_file.is_gguf(self.folder):
+            return gguf_file.chat_template(self.folder)
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             try:

@@ -15,7 +15,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.models.families import build, float_dtype
+from gemma_mlx.models.gguf import gguf_weights
 from gemma_mlx.models.names import may_be_dropped, module_path, to_mlx_axes, to_torch_axes
 from gemma_mlx.models.quantize import expect_packed, quantize_model, quantized_paths
 from gemma_mlx.spec import ModelSpec, read_spec
@@ -167,6 +169,19 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     return DTYPES[name]
 
 
+def _weights(folder: Path, model: Any, dtype: mx.Dtype, allow_unexpected: bool) -> list[tuple[str, mx.array]]:
+    """(module path, lazy weight) of every parameter, from safetensors."""
+    matched = _match(folder, model, allow_unexpected)
+    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
+    weights = []
+    for path, (tensor, axes) in matched.items():
+        array = files[tensor.file][tensor.name]
+        array = array if axes is None else array.transpose(axes)
+        # Packed weights are integers and stay as they are.
+        weights.append((path, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array))
+    return weights
+
+
 def load_model(
     folder: str | Path,
     dtype: str | None = None,
@@ -177,7 +192,8 @@ def load_model(
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
     Args:
-        folder: config.json with model.safetensors, or with an index and its shards.
+        folder: config.json with model.safetensors, or with an index and its shards; or a GGUF file of Gemma 3, which
+            is unpacked as it is read.
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own on a GPU and float32 on a CPU.
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
@@ -194,18 +210,15 @@ def load_model(
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
     target = _dtype(dtype, spec)
     model = build(spec)
-    matched = _match(folder, model, allow_unexpected)
-    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
-    weights = []
-    for path, (tensor, axes) in matched.items():
-        array = files[tensor.file][tensor.name]
-        array = array if axes is None else array.transpose(axes)
-        # Packed weights are integers and stay as they are.
-        weights.append((path, array.astype(target) if mx.issubdtype(array.dtype, mx.floating) else array))
+    if is_gguf(folder):
+        wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+        weights = gguf_weights(folder, wanted, target, allow_unexpected)
+    else:
+        weights = _weights(folder, model, target, allow_unexpected)
     model.load_weights(weights)
     model.freeze()
     if quantize is not None:
-        del files, weights, array  # they would keep every float weight that is packed now
+        del weights  # they would keep every float weight that is packed now
         quantize_model(model, quantize)
     return model
 
@@ -266,14 +279,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or the local copy of a Hub repository (downloaded where it is not there yet).
+    """The folder of a model: itself (a GGUF file too), or the local copy of a Hub repository, downloaded if need be.
 
     Raises:
         InputError: neither a folder nor a repository that can be reached.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (is_gguf(path) and path.is_file()):
         return path
+    if is_gguf(path):
+        raise InputError(f"model {path}: no such file")
     name = str(model)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(f"model {name}: no such folder, and not a Hub id (organisation/name)")
