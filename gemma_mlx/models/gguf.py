@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -38,21 +39,15 @@ def gguf_path(name: str) -> str | None:
     return f"model.layers.{found[1]}.{part}.weight" if part else None
 
 
-def gguf_weights(
-    path: str | Path, wanted: dict[str, tuple[int, ...]], dtype: mx.Dtype, allow_unexpected: bool = False
-) -> list[tuple[str, mx.array]]:
-    """(module path, weight) of every tensor of a file, in `dtype`; packed ones are unpacked one by one.
-
-    llama.cpp's norms multiply by the stored weight, Gemma 3's by one more than the checkpoint's: the one is taken off.
+def check_gguf(path: str | Path, wanted: dict[str, tuple[int, ...]], allow_unexpected: bool = False) -> dict[str, Any]:
+    """Module path -> the file's tensor of every parameter, nothing unpacked yet.
 
     Args:
         wanted: module path -> shape of every parameter of the model.
 
     Raises:
-        InputError: a tensor is missing, misshapen, unexpected, or packed in a way that `gguf` cannot unpack.
+        InputError: a tensor is missing, misshapen or unexpected.
     """
-    from gguf import dequantize
-
     reader, found = open_gguf(path), {}
     unexpected = sorted(t.name for t in reader.tensors if gguf_path(t.name) not in wanted)
     if unexpected and not allow_unexpected:
@@ -63,19 +58,38 @@ def gguf_weights(
         name = gguf_path(tensor.name)
         if name not in wanted:
             continue
-        shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-        if shape != wanted[name]:
-            expected = list(wanted[name])
-            raise InputError(f"{path}: {tensor.name} has shape {list(shape)}, the file's metadata make it {expected}")
+        shape, expected = tuple(int(n) for n in reversed(tensor.shape.tolist())), wanted[name]
+        if shape != expected:
+            raise InputError(
+                f"{path}: {tensor.name} has shape {list(shape)}, the file's metadata make it {list(expected)}"
+            )
+        found[name] = tensor
+    if missing := sorted(set(wanted) - set(found)):
+        raise InputError(f"{path}: {len(missing)} missing tensors, {missing[0]} first; convert the model again")
+    return found
+
+
+def gguf_weights(
+    path: str | Path, wanted: dict[str, tuple[int, ...]], dtype: mx.Dtype, allow_unexpected: bool = False
+) -> list[tuple[str, mx.array]]:
+    """(module path, weight) of every tensor of a file, in `dtype`; packed ones are unpacked one by one.
+
+    llama.cpp's norms multiply by the stored weight, Gemma 3's by one more than the checkpoint's: the one is taken off.
+
+    Raises:
+        InputError: as `check_gguf`, or a tensor is packed in a way that `gguf` cannot unpack.
+    """
+    tensors, weights = check_gguf(path, wanted, allow_unexpected), []
+    from gguf import dequantize
+
+    for name, tensor in tensors.items():
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise InputError(f"{path}: {tensor.name} is packed as {kind}, which cannot be unpacked here") from None
-        array = mx.array(values.reshape(shape))
+        array = mx.array(values.reshape(wanted[name]))
         array = (array - 1.0 if "norm" in tensor.name else array).astype(dtype)
         mx.eval(array)
-        found[name] = array
-    if missing := sorted(set(wanted) - set(found)):
-        raise InputError(f"{path}: {len(missing)} missing tensors, {missing[0]} first; convert the model again")
-    return list(found.items())
+        weights.append((name, array))
+    return weights

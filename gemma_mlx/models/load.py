@@ -160,7 +160,7 @@ def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[
     return matched
 
 
-def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
+def chosen_dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     """The dtype by name; by default the checkpoint's own on a GPU, and float32 on a CPU, where bfloat16 is slow."""
     if name is None:
         name = spec.dtype if mx.default_device().type == mx.gpu else "float32"
@@ -208,7 +208,7 @@ def load_model(
     spec = read_spec(folder)
     if spec.audio is not None:
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
-    target = _dtype(dtype, spec)
+    target = chosen_dtype(dtype, spec)
     model = build(spec)
     if is_gguf(folder):
         wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}

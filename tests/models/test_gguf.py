@@ -240,7 +240,8 @@ def test_the_real_270m_equals_transformers(real):
     difference = np.abs(found - expected).max()
     print(f"270M, {ids.shape[1]} tokens: difference {difference:.1e}, floor {floor:.1e}, std {expected.std():.2f}")
     assert difference <= max(2e-4 * expected.std(), 10 * floor)
-    assert processor.decode([int(found[0, -1].argmax())]) == " Madrid"
+    ids = np.array([[2, *processor.tokenizer.encode("The capital of France is Paris. The capital of Italy is")]])
+    assert processor.decode([int(np.array(ours(input_ids=ids))[0, -1].argmax())]) == " Rome"
 
 
 @pytest.mark.slow
@@ -258,7 +259,8 @@ def test_the_real_tokenizer_equals_the_published_one(real):
     added = [{t["content"]: t for t in x["added_tokens"]} for x in (a, b)]
     assert set(added[1]) - set(added[0]) == {"<image_soft_token>"}  # which has no row in a text model
     assert all(added[1][content] == token for content, token in added[0].items())
-    for text in [*TEXTS, Path(gguf_file.__file__).read_text(), "<start_of_turn>user\n  ¿Qué?\t\tдаは<end_of_turn>\n" * 3]:
+    turns = "<start_of_turn>user\n  ¿Qué?\t\tдаは<end_of_turn>\n" * 3
+    for text in [*TEXTS, Path(gguf_file.__file__).read_text(), turns]:
         assert made.encode(text, add_special_tokens=False).ids == published.encode(text, add_special_tokens=False).ids
 
 
