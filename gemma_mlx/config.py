@@ -49,7 +49,7 @@ def option(
 class TrainConfig:
     """The options of one run. Values are converted and checked on construction; a bad one raises InputError."""
 
-    model: str | None = option(None, "text", "run", "Checkpoint: a folder or a Hub id.")
+    model: str | None = option(None, "text", "run", "Checkpoint: a folder, a GGUF file (Gemma 3) or a Hub id.")
     data: str | None = option(None, "text", "run", "CSV of training rows.")
     valid: str | None = option(None, "text", "run", "CSV of validation rows; without it the last adapter is kept.")
     out: str | None = option(None, "text", "run", "Run folder; must not hold a run yet, unless --resume is given.")
@@ -90,6 +90,10 @@ class TrainConfig:
         12, "int", "model", "Keys an audio frame attends to: 12 as in transformers, 13 as in Google's release.",
         choices=(12, 13),
     )  # fmt: skip
+    quantize: int | None = option(
+        None, "int", "model", "Bits of the decoder's frozen matrices (QLoRA); default: what the checkpoint holds.",
+        choices=(4, 6, 8),
+    )  # fmt: skip
     allow_unexpected: bool = option(False, "flag", "model", "Ignore checkpoint tensors that the model does not have.")
 
     targets: str = option(
@@ -102,6 +106,7 @@ class TrainConfig:
         None, "float", "adapter", "The adapter counts alpha/rank times; default: the rank (Google's recipe: 16 at 16).",
         low=0.0,
     )  # fmt: skip
+    dora: bool = option(False, "flag", "adapter", "DoRA: also learn the length of each adapted row.")
     dropout: float = option(0.0, "float", "adapter", "Dropout on the adapters' input.", low=0.0, high=0.99)
 
     epochs: float = option(
@@ -156,7 +161,7 @@ class TrainConfig:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-REMEMBERED = ("audio_window", "image_tokens", "audio_prompt", "image_prompt", "system")
+REMEMBERED = ("audio_window", "quantize", "image_tokens", "audio_prompt", "image_prompt", "system")
 """Options that decide what the model is given: an adapter must be used with those it was trained with."""
 
 FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}

@@ -120,11 +120,13 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     machine.set_limits()
     if model is None:
         source = resolve(config.model)
-        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
+        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window, config.quantize)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
-    paths = apply_lora(model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed)
+    paths = apply_lora(
+        model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed, config.dora
+    )
     job = Job(config, folder, model, processor, rows, valid, say)
     say.say(
         f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; adapters on {len(paths)} "

@@ -6,6 +6,9 @@ mlx-lm's: ``lora_a`` [in, rank] and ``lora_b`` [rank, out], the transposes of PE
 (Gemma 4's ``Gemma4ClippableLinear``), that is the inner ``.linear``, so the adapter lies inside the clips, as PEFT
 puts it.
 
+The linear may be quantized (``nn.QuantizedLinear``; Dettmers et al. 2023, arXiv:2305.14314). DoRA (Liu et al. 2024,
+arXiv:2402.09353) also learns the length of each row of the adapted weight.
+
 The adapter's weights are float32 whatever the base is (AdamW's small steps vanish in bfloat16's 8 bits); they are
 cast to the input's dtype where they are used.
 """
@@ -43,15 +46,21 @@ GROUPS: dict[str, tuple[str, ...]] = {
 per-layer-embedding linears can be named one by one. ``all`` is the four groups together."""
 
 
+Linear = nn.Linear | nn.QuantizedLinear
+
+
 class LoRALinear(nn.Module):
     """A frozen linear with a trainable low-rank side path; x [..., in] -> [..., out] in x's dtype.
 
     ``linear`` stays the same object, so its weights stay bit-equal. ``scale`` is alpha / rank.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, key: mx.array | None = None):
+    TENSORS: tuple[str, ...] = ("lora_a", "lora_b")
+    """Names of the trainable arrays."""
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float = 0.0, key: mx.array | None = None):
         super().__init__()
-        out, inner = linear.weight.shape
+        out, inner = linear_shape(linear)
         bound = 1.0 / math.sqrt(inner)  # kaiming_uniform(a=√5), PEFT's choice, is U(−1/√in, 1/√in)
         self.linear = linear
         self.scale = alpha / rank
@@ -62,12 +71,54 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> mx.array:
-        """The base's weight [out, in]."""
-        return self.linear.weight
+        """The base's weight [out, in], dequantized where it is quantized."""
+        return float_weight(self.linear)
+
+    def _low_rank(self, x: mx.array) -> mx.array:
+        low = _dropout(x, self.dropout, self._dropout_key) @ self.lora_a.astype(x.dtype)
+        return (self.scale * low) @ self.lora_b.astype(x.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        low = _dropout(x, self.dropout, self._dropout_key) @ self.lora_a.astype(x.dtype)
-        return self.linear(x) + (self.scale * low) @ self.lora_b.astype(x.dtype)
+        return self.linear(x) + self._low_rank(x)
+
+
+class DoRALinear(LoRALinear):
+    """LoRA whose sum with the base is brought to a trained length, row by row: m · (W + ΔW) / ‖W + ΔW‖.
+
+    ``m`` [out] starts as the lengths of W's rows, so that the layer computes what it did before. The norm counts as a
+    constant in the gradient (section 4.3 of the paper; PEFT and mlx-lm do so too).
+    """
+
+    TENSORS = ("lora_a", "lora_b", "m")
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float = 0.0, key: mx.array | None = None):
+        super().__init__(linear, rank, alpha, dropout, key)
+        self.m = mx.linalg.norm(self.weight.astype(mx.float32), axis=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        change = self.scale * (self.lora_a @ self.lora_b).T
+        length = mx.linalg.norm(self.weight.astype(mx.float32) + change, axis=1)
+        stretch = self.m / mx.stop_gradient(length)
+        out = self.linear(x) + self._low_rank(x)
+        bias = self.linear.get("bias")
+        if bias is None:
+            return out * stretch.astype(x.dtype)
+        return (out - bias) * stretch.astype(x.dtype) + bias
+
+
+def linear_shape(linear: Linear) -> tuple[int, int]:
+    """(out, in) of a linear, quantized or not."""
+    out, inner = linear.weight.shape
+    return (out, inner * 32 // linear.bits) if isinstance(linear, nn.QuantizedLinear) else (out, inner)
+
+
+def float_weight(linear: Linear) -> mx.array:
+    """The weight [out, in] that a linear multiplies with."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight
+    return mx.dequantize(
+        linear.weight, linear.scales, linear.get("biases"), linear.group_size, linear.bits, linear.mode
+    )
 
 
 def _dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
@@ -103,12 +154,13 @@ def _ends_with(path: list[str], suffix: list[str]) -> bool:
 
 
 def _group_of(path: list[str]) -> str | None:
-    return next((name for name, roots in GROUPS.items() if any(root in path for root in roots)), None)
+    found = next((name for name, roots in GROUPS.items() if any(root in path for root in roots)), None)
+    return found or ("decoder" if "layers" in path else None)  # a model without towers is a decoder
 
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Dotted path of every linear layer (with or without an adapter), in natural order."""
-    found = {p for p, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
+    found = {p for p, m in model.named_modules() if isinstance(m, Linear | LoRALinear)}
     inside = {p for p in found if p.endswith(".linear") and p[: -len(".linear")] in found}  # a LoRALinear's own base
     return sorted(found - inside, key=_natural)
 
@@ -174,12 +226,13 @@ def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
 
 def apply_lora(
     model: nn.Module, targets: str | Iterable[str] = "decoder", rank: int = 16, alpha: float | None = None,
-    dropout: float = 0.0, seed: int = 0,
+    dropout: float = 0.0, seed: int = 0, dora: bool = False,
 ) -> list[str]:  # fmt: skip
     """Freeze ``model`` and put adapters on the chosen linears, in place; returns their paths in natural order.
 
     ``alpha`` defaults to ``rank`` (scale 1). A is drawn from ``seed`` alone, B is zero, so the model computes what it
-    did before. Raises InputError for unknown targets and for a layer that already has an adapter.
+    did before. With ``dora`` they are ``DoRALinear``. Raises InputError for unknown targets and for a layer that
+    already has an adapter.
     """
     paths = resolve_targets(model, targets)
     taken = lora_layers(model)
@@ -190,7 +243,7 @@ def apply_lora(
     for path, key in zip(paths, keys, strict=True):
         parent, name = _parent(model, path)
         linear = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
-        layer = LoRALinear(linear, rank, rank if alpha is None else alpha, dropout, key)
+        layer = (DoRALinear if dora else LoRALinear)(linear, rank, rank if alpha is None else alpha, dropout, key)
         if isinstance(parent, list):
             parent[int(name)] = layer
         else:
@@ -203,7 +256,7 @@ def freeze_base(model: nn.Module) -> None:
     """Make the adapters' weights the only trainable parameters."""
     model.freeze()
     for layer in lora_layers(model).values():
-        layer.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
+        layer.unfreeze(recurse=False, keys=list(layer.TENSORS))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -219,8 +272,8 @@ def lora_weights(model: nn.Module) -> dict[str, tuple[mx.array, mx.array]]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Tensor name -> weight, as the adapter file names them: ``<path>.lora_a`` and ``<path>.lora_b``."""
-    return {f"{p}.{n}": w for p, ab in lora_weights(model).items() for n, w in zip(("lora_a", "lora_b"), ab)}  # noqa: B905
+    """Tensor name -> weight, as the adapter file names them: ``<path>.lora_a``, ``<path>.lora_b``; DoRA's ``.m``."""
+    return {f"{path}.{name}": layer[name] for path, layer in lora_layers(model).items() for name in layer.TENSORS}
 
 
 def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: str = "adapter") -> None:
@@ -237,8 +290,8 @@ def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: s
         if value.shape != current[name].shape:
             raise InputError(f"{where}: tensor {name} has shape {value.shape}, the model needs {current[name].shape}")
     for path, layer in lora_layers(model).items():
-        layer.lora_a = weights[f"{path}.lora_a"].astype(mx.float32)
-        layer.lora_b = weights[f"{path}.lora_b"].astype(mx.float32)
+        for name in layer.TENSORS:
+            layer[name] = weights[f"{path}.{name}"].astype(mx.float32)
 
 
 def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
@@ -267,7 +320,7 @@ def save_adapter(
     first = next(iter(layers.values()))
     rank = first.lora_a.shape[1]
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if isinstance(first, DoRALinear) else "lora",
         "num_layers": -1,
         "model": base_model,
         "lora_parameters": {"rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers)},
@@ -295,18 +348,32 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
     version = (config.get("gemma_mlx") or {}).get("format", ADAPTER_FORMAT)
-    if config.get("fine_tune_type") != "lora" or version != ADAPTER_FORMAT or rank < 1 or not keys:
+    kind = config.get("fine_tune_type")
+    if kind not in ("lora", "dora") or version != ADAPTER_FORMAT or rank < 1 or not keys:
         raise InputError(
-            f"{path}: expected a lora adapter of format {ADAPTER_FORMAT}, found {config.get('fine_tune_type')!r} of "
+            f"{path}: expected a lora or dora adapter of format {ADAPTER_FORMAT}, found {kind!r} of "
             f"format {version}, rank {rank}, {len(keys)} layers"
         )
-    return {"rank": rank, "scale": scale, "dropout": float(parameters.get("dropout", 0.0)), "keys": keys, "raw": config}
+    dropout = float(parameters.get("dropout", 0.0))
+    return {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys, "dora": kind == "dora", "raw": config}
 
 
 def remembered_options(folder: str | Path | None) -> dict[str, Any]:
     """The options an adapter was trained with and must be used with (prompts, audio window, ...); {} for None."""
     own = {} if folder is None else read_adapter_config(folder)["raw"].get("gemma_mlx") or {}
     return {name: value for name, value in own.get("options", {}).items() if value is not None}
+
+
+def _base_linear(model: nn.Module, path: str) -> Linear:
+    parent, name = _parent(model, path)
+    found = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
+    return found.linear if isinstance(found, LoRALinear) else found
+
+
+def _shapes(config: dict[str, Any], out: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of one adapter on a linear of these sizes."""
+    shapes: dict[str, tuple[int, ...]] = {"lora_a": (inner, config["rank"]), "lora_b": (config["rank"], out)}
+    return shapes | {"m": (out,)} if config["dora"] else shapes
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
@@ -326,17 +393,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for key in config["keys"]:
         if key not in paths:
             raise InputError(f"{folder / ADAPTER_CONFIG}: the model has no linear layer {key}")
-        parent, name = _parent(model, key)
-        out, inner = (parent[int(name)] if isinstance(parent, list) else getattr(parent, name)).weight.shape
-        for leaf, shape in (("lora_a", (inner, config["rank"])), ("lora_b", (config["rank"], out))):
+        out, inner = linear_shape(_base_linear(model, key))
+        for leaf, shape in _shapes(config, out, inner).items():
             tensor = weights.get(f"{key}.{leaf}")
             if tensor is None:
                 raise InputError(f"{where}: tensor {key}.{leaf} is missing")
             if tensor.shape != shape:
                 raise InputError(f"{where}: tensor {key}.{leaf} has shape {tensor.shape}, the model needs {shape}")
-    known = {f"{k}.{leaf}" for k in config["keys"] for leaf in ("lora_a", "lora_b")}
+    known = {f"{k}.{leaf}" for k in config["keys"] for leaf in _shapes(config, 0, 0)}
     if extra := sorted(weights.keys() - known):
         raise InputError(f"{where}: tensor {extra[0]} belongs to no layer that {ADAPTER_CONFIG} names")
-    apply_lora(model, config["keys"], config["rank"], config["scale"] * config["rank"], config["dropout"])
+    alpha = config["scale"] * config["rank"]
+    apply_lora(model, config["keys"], config["rank"], alpha, config["dropout"], dora=config["dora"])
     set_lora_parameters(model, weights, where)
     return config["keys"]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import config as gguf_config
+from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.spec_gemma4_unified import TEXT_DEFAULTS as UNIFIED_TEXT
 from gemma_mlx.spec_gemma4_unified import UnifiedAudioSpec, UnifiedVisionSpec
 
@@ -38,8 +40,8 @@ _INERT_KEYS = frozenset(
         "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
         "max_position_embeddings", "model_type", "output_attentions",
         "output_hidden_states", "prefix", "problem_type", "return_dict", "task_specific_params",
-        "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
-        "transformers_version", "use_cache", "vision_soft_tokens_per_image",
+        "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "torch_dtype", "quantization",
+        "quantization_config", "transformers_version", "use_cache", "vision_soft_tokens_per_image",
     }
 )
 
@@ -238,6 +240,9 @@ def _known(cls: type, config: dict[str, Any], where: str, also: tuple[str, ...] 
     return {k: v for k, v in config.items() if k in names and v is not None}
 
 
+known_fields = _known  # for the other families' specs
+
+
 def _layer_types(config: dict[str, Any], layers: int, where: str) -> tuple[str, ...]:
     """One attention type a layer; every sixth is full where the config has none, and the last one always is."""
     types = list(config.get("layer_types") or (SLIDING if (i + 1) % 6 else FULL for i in range(layers)))
@@ -350,7 +355,7 @@ def _audio_spec(config: dict[str, Any], where: str) -> AudioSpec:
 
 
 def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
-    """The spec of a checkpoint folder, of a config.json, or of its content as a dict.
+    """The spec of a checkpoint folder, of a config.json, of its content as a dict, or of a GGUF file.
 
     Keys that nothing here knows are warnings naming them.
 
@@ -359,6 +364,8 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
     """
     if isinstance(source, dict):
         config, where = source, "config"
+    elif is_gguf(source):
+        config, where = gguf_config(source), str(source)
     else:
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path
@@ -370,8 +377,19 @@ def read_spec(source: str | Path | dict[str, Any]) -> ModelSpec:
         except (ValueError, OSError) as e:
             raise InputError(f"{path}: not readable as JSON ({e})") from None
     found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if found == "gemma3_text":
+        from gemma_mlx.spec_gemma3 import gemma3_spec
+
+        return gemma3_spec(config, where)
+    if found == "gemma3n":
+        from gemma_mlx.spec_gemma3n import gemma3n_spec
+
+        return gemma3n_spec(config, where)
     if found not in ("gemma4", "gemma4_unified"):
-        raise InputError(f"{where}: model_type is {found!r}; supported: 'gemma4', 'gemma4_unified' (Gemma 4)")
+        raise InputError(
+            f"{where}: model_type is {found!r}; supported: 'gemma4' and 'gemma4_unified' (Gemma 4), 'gemma3n', "
+            "'gemma3_text' (Gemma 3 270M and 1B)"
+        )
     # The last token id is the one that the files spell "index".
     known = _known(
         ModelSpec,

@@ -208,7 +208,8 @@ class Step:
     def install(self, weights: Weights) -> None:
         """Put adapter tensors into the model's layers."""
         for path, layer in self.layers.items():
-            layer.lora_a, layer.lora_b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
+            for name in layer.TENSORS:
+                layer[name] = weights[f"{path}.{name}"]
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call, then put the real weights back: tracing leaves its placeholders in the model."""

@@ -9,8 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+import torchvision_operators
 
 import gemma_mlx  # noqa: F401  (OpenBLAS before mlx.core, which other imports pull in)
+
+torchvision_operators.declare()
 
 
 @pytest.fixture(autouse=True)

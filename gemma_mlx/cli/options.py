@@ -59,8 +59,8 @@ def field_options(*names: str, fill: bool = True) -> Decorator:
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--model`` (required), ``--adapter`` and how to load them: model, adapter, dtype, audio_window,
-    allow_unexpected."""
-    function = field_options("dtype", "audio_window", "allow_unexpected")(function)
+    quantize, allow_unexpected."""
+    function = field_options("dtype", "audio_window", "quantize", "allow_unexpected")(function)
     function = click.option("--adapter", metavar="FOLDER", help="Adapter folder of a run; without it the base.")(
         function
     )

@@ -23,7 +23,7 @@ def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[s
     for name, value in remembered_options(options["adapter"]).items():
         if name in options and context.get_parameter_source(name) is ParameterSource.DEFAULT:
             options[name] = value
-    names = ("model", "adapter", "dtype", "allow_unexpected", "audio_window")
+    names = ("model", "adapter", "dtype", "allow_unexpected", "audio_window", "quantize")
     model, processor = load(**{name: options.pop(name) for name in names})
     names = ("image_tokens", "long_audio")
     processor = Processor(processor.folder, processor.spec, **{name: options.pop(name) for name in names})

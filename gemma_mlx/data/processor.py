@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.data import template_gemma3 as gemma3
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Video
 from gemma_mlx.data.features import Patches, image_patches, log_mel, raw_frames
 from gemma_mlx.data.media import LONG_AUDIO, audio_samples, image_dimensions, load_audio, load_image
@@ -106,8 +107,9 @@ class Processor:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template in use: asked for, else the checkpoint's, else Gemma 4's format."""
-        source = self._chat_template or self.tokenizer.chat_template or DEFAULT_TEMPLATE
+        """The chat template in use: asked for, else the checkpoint's, else the family's format."""
+        default = DEFAULT_TEMPLATE if self.tokenizer.id_of(gemma3.TURN_OPEN) is None else gemma3.DEFAULT_TEMPLATE
+        source = self._chat_template or self.tokenizer.chat_template or default
         return ChatTemplate(source, self.tokenizer.special_tokens)
 
     def check(self, example: Example) -> None:

@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gemma_mlx import gguf_file
+from gemma_mlx.data import template_gemma3 as gemma3
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import ModelSpec
 
 TURN_OPEN, TURN_CLOSE = "<|turn>", "<turn|>"
+_TURNS = (TURN_OPEN, TURN_CLOSE, gemma3.TURN_OPEN, gemma3.TURN_CLOSE)
 _TOOL_RESPONSE = "<|tool_response>"
 
 
@@ -19,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # beside a GGUF file there are none
         return {}
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download the checkpoint again") from None
@@ -30,7 +33,7 @@ class Tokenizer:
     """Text <-> ids through ``tokenizer.json``, read when first needed.
 
     Args:
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder, or a GGUF file, which carries its own.
         spec: its spec, for the ids of media and control tokens.
 
     Raises (when first used):
@@ -42,23 +45,28 @@ class Tokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        loaded = gguf_file.tokenizer(self.folder) if gguf_file.is_gguf(self.folder) else self._from_json()
+        rows = self.spec.text.vocab_size
+        added = loaded.get_added_tokens_decoder()
+        size = loaded.get_vocab_size(with_added_tokens=True) - sum(i >= rows for i in added)
+        if size > rows:
+            raise InputError(
+                f"{self.folder}: the tokenizer has {size} tokens, the model {rows}; use the files of one checkpoint"
+            )
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
+
+    def _from_json(self) -> Any:
         from tokenizers import Tokenizer as Loader
 
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path}: not found; text needs the checkpoint's tokenizer.json, put it into the folder")
         try:
-            loaded = Loader.from_file(str(path))
+            return Loader.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e}); download it again") from None
-        size = loaded.get_vocab_size(with_added_tokens=True)
-        if size > self.spec.text.vocab_size:
-            raise InputError(
-                f"{path}: {size} tokens, the model has {self.spec.text.vocab_size}; use the files of one checkpoint"
-            )
-        loaded.no_truncation()
-        loaded.no_padding()
-        return loaded
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as it stands: nothing is added before or after; special tokens written in it are recognised."""
@@ -74,7 +82,7 @@ class Tokenizer:
 
     def text_of(self, token_id: int) -> str | None:
         """The text of a token, None where the vocabulary lacks it."""
-        return self._tokenizer.id_to_token(token_id)
+        return None if token_id < 0 else self._tokenizer.id_to_token(token_id)
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
@@ -101,7 +109,7 @@ class Tokenizer:
         """Tokens that structure a conversation and may not stand inside what somebody says."""
         text = self.spec.text
         found = [self.text_of(i) for i in (text.pad_token_id, text.bos_token_id, self.eos_id)]
-        found += [token for token in (TURN_OPEN, TURN_CLOSE) if self.id_of(token) is not None]
+        found += [token for token in _TURNS if self.id_of(token) is not None]
         return (*(token for token in found if token), *self.media_tokens)
 
     @cached_property
@@ -110,7 +118,13 @@ class Tokenizer:
         s = self.spec
         ids = (s.boi_token_id, s.image_token_id, s.eoi_token_id, s.video_token_id)
         found = [self.text_of(i) for i in (*ids, s.boa_token_id, s.audio_token_id, s.eoa_token_id)]
-        return tuple(token for token in found if token)
+        return (*(token for token in found if token), *self._without_row)
+
+    @property
+    def _without_row(self) -> list[str]:
+        """Added tokens that the model has no row for: Gemma 3's text checkpoints name a picture's."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for i, token in added.items() if i >= self.spec.text.vocab_size]
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -120,7 +134,7 @@ class Tokenizer:
             return (found,)
         if isinstance(found, Sequence) and found:
             return tuple(int(i) for i in found)
-        known = [self.eos_id, self.id_of(TURN_CLOSE), self.id_of(_TOOL_RESPONSE)]
+        known = [self.eos_id, self.id_of(TURN_CLOSE), self.id_of(gemma3.TURN_CLOSE), self.id_of(_TOOL_RESPONSE)]
         return tuple(i for i in known if i is not None)
 
     @cached_property
@@ -133,7 +147,9 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The checkpoint's template: chat_template.jinja, chat_template.json, or tokenizer_config.json's."""
+        """The checkpoint's template: chat_template.jinja, chat_template.json, tokenizer_config.json's or a GGUF's."""
+        if gguf_file.is_gguf(self.folder):
+            return gguf_file.chat_template(self.folder)
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             try:

@@ -15,8 +15,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.models.multimodal import Gemma4
+from gemma_mlx.gguf_file import is_gguf
+from gemma_mlx.models.families import build, float_dtype
+from gemma_mlx.models.gguf import gguf_weights
 from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
+from gemma_mlx.models.quantize import expect_packed, quantize_model, quantized_paths
 from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES |= {"U32": 4, "U16": 2, "U64": 8}
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _match(
-    folder: Path, spec: ModelSpec, wanted: dict[str, tuple[int, ...]], allow_unexpected: bool
-) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
+def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
     """Module path -> (stored tensor, axes to transpose) for every parameter of the model.
+
+    Modules whose weights the files hold quantized become quantized ones.
 
     Raises:
         InputError: a tensor is missing, has another shape, is stored twice, or is not expected.
@@ -127,6 +131,9 @@ def _match(
                 raise InputError(f"{file}: {tensor.name} is also in {stored[tensor.name].file.name}")
             stored[tensor.name] = tensor
     _indexed_names(folder, stored)
+    spec = model.spec
+    expect_packed(model, {module_path(t.name): t.shape for t in stored.values()}, spec.config, str(folder))
+    wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
     matched, unexpected = {}, []
     for tensor in stored.values():
         path = module_path(tensor.name, spec.unified)
@@ -153,7 +160,7 @@ def _match(
     return matched
 
 
-def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
+def chosen_dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     """The dtype by name; by default the checkpoint's own on a GPU, and float32 on a CPU, where bfloat16 is slow."""
     if name is None:
         name = spec.dtype if mx.default_device().type == mx.gpu else "float32"
@@ -162,17 +169,32 @@ def _dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     return DTYPES[name]
 
 
+def _weights(folder: Path, model: Any, dtype: mx.Dtype, allow_unexpected: bool) -> list[tuple[str, mx.array]]:
+    """(module path, lazy weight) of every parameter, from safetensors."""
+    matched = _match(folder, model, allow_unexpected)
+    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
+    weights = []
+    for path, (tensor, axes) in matched.items():
+        array = files[tensor.file][tensor.name]
+        array = array if axes is None else array.transpose(axes)
+        # Packed weights are integers and stay as they are.
+        weights.append((path, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array))
+    return weights
+
+
 def load_model(
     folder: str | Path,
     dtype: str | None = None,
     allow_unexpected: bool = False,
     audio_window: int = 12,
     vision_runs: str = "sliding",
-) -> Gemma4:
+    quantize: int | None = None,
+) -> Any:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
     Args:
-        folder: config.json with model.safetensors, or with an index and its shards.
+        folder: config.json with model.safetensors, or with an index and its shards; or a GGUF file of Gemma 3, which
+            is unpacked as it is read.
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own on a GPU and float32 on a CPU.
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
@@ -180,6 +202,8 @@ def load_model(
         vision_runs: in which layers the slots of a picture see each other, where the checkpoint has them do so:
             "sliding" (transformers' Gemma 4, and vLLM for all sizes) or "all", whatever the window (what transformers
             5.23 does in the forward of ``Gemma4Unified``, the 12B, though not with a static cache).
+        quantize: 4, 6 or 8 bits for the decoder's matrices, which are then read and packed here, one by one; None for
+            what the files hold, be it quantized or not.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
@@ -190,18 +214,20 @@ def load_model(
         spec = replace(spec, audio=replace(spec.audio, attention_window=audio_window))
     if vision_runs not in ("sliding", "all"):
         raise InputError(f"vision_runs {vision_runs!r}: expected 'sliding' or 'all'")
-    spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
-    target = _dtype(dtype, spec)
-    model = Gemma4(spec)
-    wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
-    matched = _match(folder, spec, wanted, allow_unexpected)
-    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
-    weights = []
-    for path, (tensor, axes) in matched.items():
-        array = files[tensor.file][tensor.name]
-        weights.append((path, (array if axes is None else array.transpose(axes)).astype(target)))
+    if hasattr(spec.text, "vision_runs"):
+        spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
+    target = chosen_dtype(dtype, spec)
+    model = build(spec)
+    if is_gguf(folder):
+        wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+        weights = gguf_weights(folder, wanted, target, allow_unexpected)
+    else:
+        weights = _weights(folder, model, target, allow_unexpected)
     model.load_weights(weights)
     model.freeze()
+    if quantize is not None:
+        del weights  # they would keep every float weight that is packed now
+        quantize_model(model, quantize)
     return model
 
 
@@ -217,16 +243,18 @@ def _shards(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:
     return shards
 
 
-def save_model(model: Gemma4, folder: str | Path) -> None:
+def save_model(model: Any, folder: str | Path) -> None:
     """Write config.json and safetensors that transformers and `load_model` read: its names, torch's layouts.
 
     Every file is written beside its place and renamed; the weights come before config.json.
 
     Raises:
-        InputError: the model holds an adapter (weights that a checkpoint has no names for).
+        InputError: the model holds an adapter (weights that a checkpoint has no names for), or is quantized.
     """
     folder = Path(folder)
-    own = {name for name, _ in tree_flatten(Gemma4(model.spec).parameters())}
+    if packed := quantized_paths(model):
+        raise InputError(f"{folder}: {len(packed)} matrices are quantized; load the base without quantizing to save it")
+    own = {name for name, _ in tree_flatten(build(model.spec).parameters())}
     params = dict(tree_flatten(model.parameters()))
     if extra := sorted(set(params) ^ own):
         raise InputError(f"{folder}: not weights of a checkpoint: {_some(extra)}; merge the adapter first")
@@ -248,7 +276,7 @@ def save_model(model: Gemma4, folder: str | Path) -> None:
     else:
         total = sum(a.nbytes for a in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    dtype = str(model.model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
+    dtype = str(float_dtype(model)).removeprefix("mlx.core.")
     _write_json(folder / "config.json", {**model.spec.config, "dtype": dtype})
 
 
@@ -259,14 +287,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or the local copy of a Hub repository (downloaded where it is not there yet).
+    """The folder of a model: itself (a GGUF file too), or the local copy of a Hub repository, downloaded if need be.
 
     Raises:
         InputError: neither a folder nor a repository that can be reached.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (is_gguf(path) and path.is_file()):
         return path
+    if is_gguf(path):
+        raise InputError(f"model {path}: no such file")
     name = str(model)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise InputError(f"model {name}: no such folder, and not a Hub id (organisation/name)")
@@ -288,14 +318,14 @@ def load(
     revision: str | None = None,
     allow_unexpected: bool = False,
     audio_window: int | None = None,
-) -> tuple[Gemma4, Processor]:
+) -> tuple[Any, Processor]:
     """A model and its processor, from a folder or a Hub id.
 
     The processor is lazy: a folder without a tokenizer loads too.
 
     Args:
         model: folder, or Hub id such as "google/gemma-4-E2B-it".
-        quantize: not supported yet.
+        quantize: as for `load_model`; None for what the adapter was trained on.
         adapter: folder of a saved adapter, attached to the model.
         dtype, allow_unexpected: as for `load_model`.
         audio_window: as for `load_model`; None for the one that the adapter was trained with, else 12.
@@ -304,15 +334,13 @@ def load(
     Raises:
         InputError: as `load_model`; the model cannot be found; the adapter does not fit.
     """
-    if quantize is not None:
-        raise InputError(f"quantize {quantize}: not supported yet; leave it out")
     folder = resolve(model, revision)
     from gemma_mlx.data.processor import Processor
     from gemma_mlx.lora import load_adapter, remembered_options
 
     remembered = remembered_options(adapter)
     window = audio_window or remembered.get("audio_window", 12)
-    loaded = load_model(folder, dtype, allow_unexpected, window)
+    loaded = load_model(folder, dtype, allow_unexpected, window, quantize or remembered.get("quantize"))
     if adapter is not None:
         load_adapter(loaded, adapter)
     return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))

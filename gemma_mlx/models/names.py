@@ -14,6 +14,7 @@ _CONVOLUTION = re.compile(r"\.(conv|depthwise_conv1d)\.weight$")
 _SHARED_KV = re.compile(r"^model\.language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _TIED_HEADS = frozenset({"lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight"})
 _PARTS = ("language_model.", "vision_tower.", "vision_embedder.", "audio_tower.", "embed_vision.", "embed_audio.")
+_QUANTIZED_LEAF = re.compile(r"\.(scales|biases)$")
 
 
 _UNIFIED = "model.vision_embedder.", "model.embed_vision."
@@ -51,7 +52,7 @@ def may_be_dropped(name: str, spec: ModelSpec) -> bool:
     That is the key and value side of layers that share another layer's, which the published files hold and nothing
     reads, and the head, which is the embedding again.
     """
-    if name in _TIED_HEADS:
+    if _QUANTIZED_LEAF.sub(".weight", name) in _TIED_HEADS:
         return True
     found = _SHARED_KV.match(name)
     return bool(found) and spec.text.first_kv_shared_layer <= int(found[1]) < spec.text.num_hidden_layers

@@ -313,8 +313,8 @@ def test_load_from_a_folder_without_tokenizer(folder, batch):
 
 
 def test_load_refuses(folder):
-    with pytest.raises(InputError, match="quantize 4: not supported yet"):
-        load(folder, quantize=4)
+    with pytest.raises(InputError, match="quantize 3: expected one of 4, 6, 8"):
+        load(folder, quantize=3)
     with pytest.raises(InputError, match="no such folder"):
         load("/no/such/folder")
     with pytest.raises(InputError, match="nobody/nothing: not a local folder, and the Hub did not give it"):

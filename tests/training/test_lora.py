@@ -224,7 +224,7 @@ def test_mlx_lm_reads_our_adapter(tmp_path):
         (lambda w, c: w.update({"x.lora_a": mx.zeros((2, 2))}), "x.lora_a belongs to no layer"),
         (lambda w, c: w.update({"language_model.layers.3.q_proj.lora_b": mx.zeros((3, 9))}), "shape"),
         (lambda w, c: c["lora_parameters"]["keys"].append("language_model.layers.99.q_proj"), "layers.99.q_proj"),
-        (lambda w, c: c.update(fine_tune_type="dora"), "dora"),
+        (lambda w, c: c.update(fine_tune_type="full"), "full"),
         (lambda w, c: c.pop("lora_parameters"), "adapter_config.json"),
     ],
 )

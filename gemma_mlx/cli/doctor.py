@@ -1,0 +1,64 @@
+"""`python -m gemma_mlx doctor`: what a checkpoint is, what can be trained in it, and why it would not load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gemma_mlx.cli.options import field_options
+from gemma_mlx.errors import InputError
+
+
+@click.command()
+@field_options("model", "dtype", "rank")
+@click.option("--read-weights", is_flag=True, help="Read every weight and look for values that are not finite.")
+def command(model: str | None, dtype: str | None, rank: int, read_weights: bool) -> None:
+    """Describe a checkpoint; exits with 2 if it would not load."""
+    from gemma_mlx import machine
+    from gemma_mlx.inspection import examine
+    from gemma_mlx.models.load import resolve
+
+    click.echo(f"machine: {machine.describe()}")
+    if model is None:
+        return
+    found = examine(resolve(model), dtype, rank, read_weights)
+    for line in report(found, rank):
+        click.echo(line)
+    if found.problems:
+        more = f" ({len(found.problems) - 1} more above)" if len(found.problems) > 1 else ""
+        raise InputError(f"{found.problems[0]}{more}")
+    click.echo("it loads")
+
+
+def report(found: Any, rank: int) -> list[str]:
+    """The lines of the report."""
+    from gemma_mlx.inspection import Part, size_text
+
+    lines = [f"model: {found.model}"]
+    if found.family:
+        lines += [f"what it is: {found.family}", *found.facts]
+    if found.parts:
+        total = Part()
+        for part in found.parts.values():
+            total.tensors, total.weights = total.tensors + part.tensors, total.weights + part.weights
+            total.bytes += part.bytes
+            total.packed = {bits: total.packed[bits] + size for bits, size in part.packed.items()}
+        rows = [("part", "tensors", "parameters", "in memory", "--quantize 8", "--quantize 4")]
+        for name, part in [*found.parts.items(), ("all", total)]:
+            sizes = (part.bytes, part.packed[8], part.packed[4])
+            rows.append((name, f"{part.tensors:,}", f"{part.weights:,}", *map(size_text, sizes)))
+        lines += ["", *_aligned(rows), ""]
+        rows = [("--targets", "layers", f"adapter weights at --rank {rank}")]
+        rows += [(name, f"{layers:,}", f"{weights:,}") for name, (layers, weights) in found.trainable.items()]
+        lines += [*_aligned(rows), ""]
+        if found.by_name:
+            lines.append(f"trainable if named in --targets: {', '.join(found.by_name)}")
+        lines.append(f"never trained: {', '.join(found.frozen)}")
+    return [*lines, *(f"problem: {problem}" for problem in found.problems)]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows]  # fmt: skip

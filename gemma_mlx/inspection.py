@@ -1,0 +1,238 @@
+"""What a checkpoint is: its parts and their sizes, what can be trained in it, and what stands against loading it.
+
+Only headers are read; nothing is unpacked, and no weight is touched unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import is_gguf, open_gguf
+from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
+from gemma_mlx.models.families import build
+from gemma_mlx.models.gguf import check_gguf
+from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, read_header
+from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
+from gemma_mlx.spec import FULL, ModelSpec, read_spec
+
+PARTS = {
+    "vision_tower": "vision tower",
+    "audio_tower": "audio tower",
+    "embed_vision": "vision embedder",
+    "embed_audio": "audio embedder",
+    "embed_tokens_per_layer": "per-layer embeddings",
+    "embed_tokens": "embeddings (and head)",
+    "self_attn": "attention",
+    "mlp": "mlp",
+}
+"""Module name -> part, the first that occurs in a path; anything else is norms, scalars and small projections."""
+REST = "norms and the rest"
+
+
+@dataclass
+class Part:
+    """One part of a model: numbers of tensors and weights, bytes as loaded and with the decoder packed."""
+
+    tensors: int = 0
+    weights: int = 0
+    bytes: int = 0
+    packed: dict[int, int] = field(default_factory=lambda: {8: 0, 4: 0})
+
+
+@dataclass
+class Findings:
+    """What `examine` found."""
+
+    model: str
+    family: str = ""
+    facts: list[str] = field(default_factory=list)
+    parts: dict[str, Part] = field(default_factory=dict)
+    trainable: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Target -> (layers, adapter weights at the given rank)."""
+    by_name: list[str] = field(default_factory=list)
+    """Linears that no group names: they get an adapter if they are named."""
+    frozen: list[str] = field(default_factory=list)
+    """Kinds of tensors that no option trains."""
+    problems: list[str] = field(default_factory=list)
+    """What stands against loading, one line each."""
+
+
+def part_of(path: str) -> str:
+    """The part that a module path belongs to."""
+    names = path.split(".")
+    return next((part for name, part in PARTS.items() if name in names), REST)
+
+
+def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_weights: bool = False) -> Findings:
+    """Look at a checkpoint folder or a GGUF file; what is wrong with it is found, not raised.
+
+    Args:
+        dtype: as for `load_model`.
+        rank: of the adapters whose weights are counted.
+        read_weights: read every weight and look for values that are not finite.
+    """
+    path, found = Path(model), Findings(str(model))
+    try:
+        spec = read_spec(path)
+    except InputError as error:
+        found.problems.append(str(error))
+        return found
+    found.family, found.facts = _family(spec), _facts(spec)
+    found.facts += _gguf_facts(path) if is_gguf(path) else _file_facts(path, found.problems)
+    try:
+        loaded = build(spec) if found.problems else _loaded(path, spec, dtype, found.problems)
+    except InputError as error:
+        found.problems.append(str(error))
+        loaded = build(spec)
+    if packed := quantized_paths(loaded):
+        forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
+        found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))
+    found.facts.append(_tokenizer_fact(path, spec))
+    found.parts = _parts(loaded)
+    _trainable(loaded, rank, found)
+    if read_weights and not found.problems:
+        found.problems += _not_finite(load_model(path, dtype) if is_gguf(path) else loaded)
+    return found
+
+
+def _family(spec: ModelSpec) -> str:
+    name = {"gemma4": "Gemma 4", "gemma3_text": "Gemma 3"}.get(spec.config.get("model_type"), "unknown")
+    media = [kind for kind, tower in (("pictures", spec.vision), ("speech", spec.audio)) if tower is not None]
+    return f"{name}: " + ", ".join(["text", *media])
+
+
+def _facts(spec: ModelSpec) -> list[str]:
+    text = spec.text
+    full = sum(kind == FULL for kind in text.layer_types)
+    shared = f", {text.num_kv_shared_layers} share keys and values" if text.num_kv_shared_layers else ""
+    return [
+        f"decoder: {text.num_hidden_layers} layers ({full} full, the others see {text.sliding_window} tokens{shared}), "
+        f"width {text.hidden_size}, vocabulary {text.vocab_size:,}"
+    ]
+
+
+def _file_facts(path: Path, problems: list[str]) -> list[str]:
+    """Size and number of safetensors files; damaged ones become problems."""
+    try:
+        files = checkpoint_files(path)
+    except InputError as error:
+        problems.append(str(error))
+        return []
+    for file in files:
+        try:
+            read_header(file)
+        except InputError as error:
+            problems.append(str(error))
+    size = sum(file.stat().st_size for file in files)
+    return [f"files: {len(files)} safetensors, {size_text(size)}"]
+
+
+def _gguf_facts(path: Path) -> list[str]:
+    kinds = Counter(tensor.tensor_type.name for tensor in open_gguf(path).tensors)
+    forms = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    return [f"file: GGUF, {size_text(path.stat().st_size)}; tensors: {forms}; unpacked when loaded"]
+
+
+def _loaded(path: Path, spec: ModelSpec, dtype: str | None, problems: list[str]) -> Any:
+    """The model, lazy; if only unexpected tensors are in the way, that is a problem and the model is given."""
+    if is_gguf(path):
+        model = build(spec)
+        wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+        check_gguf(path, wanted)
+        model.set_dtype(chosen_dtype(dtype, spec))
+        return model
+    try:
+        return load_model(path, dtype)
+    except InputError as error:
+        problems.append(str(error))
+        return load_model(path, dtype, allow_unexpected=True) if "unexpected" in str(error) else build(spec)
+
+
+def _tokenizer_fact(path: Path, spec: ModelSpec) -> str:
+    from gemma_mlx.data.processor import Processor
+
+    processor = Processor(path, spec)
+    try:
+        own = processor.tokenizer.chat_template is not None
+        ends = ", ".join(repr(processor.tokenizer.text_of(i)) for i in processor.eos_ids)
+    except InputError as error:
+        return f"tokenizer: none that can be used ({error})"
+    return f"tokenizer: there, {'with' if own else 'without'} a chat template; answers end at {ends}"
+
+
+def _parts(model: Any) -> dict[str, Part]:
+    parts = {name: Part() for name in [*PARTS.values(), REST]}
+    modules = dict(model.named_modules())
+    per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}
+    for path, array in tree_flatten(model.parameters()):
+        owner, _, leaf = path.rpartition(".")
+        part, module = parts[part_of(owner)], modules.get(owner)
+        part.tensors += 1
+        part.bytes += array.nbytes
+        if owner in per_word:
+            inner = modules[owner]
+            part.weights += array.size * 32 // inner.bits if leaf == "weight" else 0
+        else:
+            part.weights += array.size
+        for bits in part.packed:
+            packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
+            part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
+    return {name: part for name, part in parts.items() if part.tensors}
+
+
+def _packed_bytes(weight: mx.array, bits: int) -> int:
+    """Bytes of a matrix after quantizing: the weights, and a scale and a bias for each group."""
+    group = GROUP if weight.shape[1] % GROUP == 0 else 32
+    return weight.size * bits // 8 + 2 * (weight.size // group) * weight.itemsize
+
+
+def _trainable(model: Any, rank: int, found: Findings) -> None:
+    """Which linears each target chooses, which need to be named, and what never trains."""
+    shapes = _linear_shapes(model)
+    chosen: set[str] = set()
+    for group in [*GROUPS, "all"]:
+        try:
+            paths = resolve_targets(model, group)
+        except InputError:
+            continue  # this checkpoint has no such part
+        chosen.update(paths)
+        found.trainable[group] = len(paths), sum(rank * sum(shapes[path]) for path in paths)
+    found.by_name = sorted({path.removesuffix(".linear").rsplit(".", 1)[-1] for path in set(shapes) - chosen})
+    inside = tuple(f"{path}." for path in shapes)
+    leaves = {name for name, _ in tree_flatten(model.parameters()) if not name.startswith(inside)}
+    found.frozen = sorted({".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rsplit(".", 1)[-1]
+                           for name in leaves})  # fmt: skip
+
+
+def _linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    from gemma_mlx.lora import linear_shape
+
+    modules = dict(model.named_modules())
+    return {path: linear_shape(modules[path]) for path in linear_paths(model)}
+
+
+def _not_finite(model: Any) -> list[str]:
+    """A line for each tensor that holds NaN or infinity; clip bounds may be infinite."""
+    problems = []
+    for name, array in tree_flatten(model.parameters()):
+        if not mx.issubdtype(array.dtype, mx.floating):
+            continue
+        bad = mx.isnan(array) if name.endswith(("_min", "_max")) else ~mx.isfinite(array)
+        if count := int(bad.sum().item()):
+            problems.append(f"{name}: {count} of {array.size} values are not finite; download the checkpoint again")
+    return problems
+
+
+def size_text(size: int) -> str:
+    """Bytes in words: "1.25 GB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,10 @@
+"""What the text decoders of all families share: positions, masks and the gated MLP.
+
+The families import these from here and never from each other.
+"""
+
+from __future__ import annotations
+
+from gemma_mlx.models.gemma4.text import MLP, KeysValues, Place, additive_mask, place, rope_periods, rotate
+
+__all__ = ["MLP", "KeysValues", "Place", "additive_mask", "place", "rope_periods", "rotate"]

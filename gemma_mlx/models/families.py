@@ -1,0 +1,27 @@
+"""Which class computes a checkpoint: by the `model_type` of its spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from gemma_mlx.models.multimodal import Gemma4
+from gemma_mlx.models.text_only import Gemma3
+from gemma_mlx.spec import ModelSpec
+from gemma_mlx.spec_gemma3 import Gemma3TextSpec
+
+
+def build(spec: ModelSpec) -> Any:
+    """A model of the spec's family with weights still to be loaded."""
+    return Gemma3(spec) if isinstance(spec.text, Gemma3TextSpec) else Gemma4(spec)
+
+
+def decoder_of(model: Any) -> Any:
+    """The text decoder inside a model: `model.model.language_model`, or `model.model` where there are no towers."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def float_dtype(model: Any) -> mx.Dtype:
+    """The dtype of the weights that are not quantized."""
+    return decoder_of(model).norm.weight.dtype

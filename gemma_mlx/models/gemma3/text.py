@@ -1,0 +1,109 @@
+"""Gemma 3's text decoder (270M, 1B): transformers' ``Gemma3TextModel`` in MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
+from gemma_mlx.models.decoder import MLP, Place, rope_periods, rotate
+from gemma_mlx.spec_gemma3 import Gemma3TextSpec
+
+
+class RMSNorm(nn.Module):
+    """x · (mean(x²) + eps)^(−1/2) · (1 + weight) over the last axis, in float32; the result in the dtype of x.
+
+    The sum is taken in float32, as transformers' ``Gemma3RMSNorm`` does: in bfloat16 it would lose the weight's bits.
+    """
+
+    def __init__(self, dims: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = 1.0 + self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, queries and keys normed, scale query_pre_attn_scalar^(−1/2) (``Gemma3Attention``)."""
+
+    def __init__(self, spec: Gemma3TextSpec, layer: int):
+        super().__init__()
+        self.kind = spec.layer_types[layer]
+        self.heads, self.kv_heads, self.head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        self.scale = float(spec.query_pre_attn_scalar) ** -0.5
+        hidden, d = spec.hidden_size, self.head_dim
+        self.q_proj = nn.Linear(hidden, self.heads * d, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * d, bias=False)
+        self.o_proj = nn.Linear(self.heads * d, hidden, bias=False)
+        self.q_norm = RMSNorm(d, spec.rms_norm_eps)
+        self.k_norm = RMSNorm(d, spec.rms_norm_eps)
+        self._periods = rope_periods(d, spec.rope_parameters[self.kind])
+
+    def __call__(self, x: mx.array, where: Place, cache: SlidingCache | FullCache | None = None) -> mx.array:
+        """x [B, T, hidden] -> [B, T, hidden]."""
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)).swapaxes(1, 2)
+        k = self.k_norm(self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
+        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
+        q, k = (rotate(each, self._periods, where.positions) for each in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=where.masks[self.kind])
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each between two norms (``Gemma3DecoderLayer``)."""
+
+    def __init__(self, spec: Gemma3TextSpec, layer: int):
+        super().__init__()
+        hidden, eps = spec.hidden_size, spec.rms_norm_eps
+        self.self_attn = Attention(spec, layer)
+        self.mlp = MLP(hidden, spec.intermediate_size)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+
+    def __call__(self, x: mx.array, where: Place, cache: SlidingCache | FullCache | None = None) -> mx.array:
+        """x [B, T, hidden] -> the new stream; `cache` is this layer's."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class TextModel(nn.Module):
+    """Embeddings, decoder layers, final norm and the tied head."""
+
+    def __init__(self, spec: Gemma3TextSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = [DecoderLayer(spec, i) for i in range(spec.num_hidden_layers)]
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """Token embeddings [B, T, hidden] times sqrt(hidden), which is rounded to the weights' dtype first."""
+        rows = self.embed_tokens(input_ids)
+        return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
+
+    def __call__(self, embeddings: mx.array, where: Place, cache: Cache | None = None) -> mx.array:
+        """Embeddings [B, T, hidden] -> hidden states [B, T, hidden] after the final norm.
+
+        `where` as from `place`, made with the same `cache`.
+        """
+        x = embeddings
+        for i, layer in enumerate(self.layers):
+            x = layer(x, where, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.offset += embeddings.shape[1]
+        return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
+        out = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        cap = self.spec.final_logit_softcapping
+        return out if cap is None else mx.tanh(out / cap) * cap

@@ -1,0 +1,72 @@
+"""A decoder without towers behind the interface that training and generation use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gemma_mlx.errors import InputError
+from gemma_mlx.models.cache import Cache
+from gemma_mlx.models.decoder import place
+from gemma_mlx.models.gemma3.text import TextModel
+from gemma_mlx.models.padding import host, known_valid
+from gemma_mlx.spec import ModelSpec
+
+
+class Gemma3(nn.Module):
+    """Gemma 3 for text (transformers' ``Gemma3ForCausalLM``): a checkpoint name is a module path.
+
+    All methods take numpy or MLX arrays: input_ids int [B, T]; attention_mask [B, T], 1 on tokens. mm_token_type_ids
+    is accepted and means nothing here.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.model = TextModel(spec.text)
+
+    def encode(self, **media: Any) -> dict[str, mx.array]:
+        """No media, no soft tokens.
+
+        Raises:
+            InputError: media were given.
+        """
+        if given := sorted(name for name, value in media.items() if value is not None):
+            raise InputError(f"{given[0]} given, but this checkpoint has no towers: it reads text only")
+        return {}
+
+    def hidden(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        mm_token_type_ids: Any = None,
+        cache: Cache | None = None,
+        **media: Any,
+    ) -> mx.array:
+        """Hidden states [B, T, H] after the final norm; padding and `cache` as in `Gemma4.hidden`.
+
+        Raises:
+            InputError: an id beyond the vocabulary; media were given.
+        """
+        self.encode(**media)
+        ids, last = host(input_ids), self.spec.text.vocab_size - 1
+        if ids is not None and (outside := ids[(ids < 0) | (ids > last)]).size:
+            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
+        embeddings = self.model.embed(mx.array(input_ids))
+        valid = known_valid(attention_mask, input_ids.shape, cache)
+        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
+        return self.model(embeddings, where, cache)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states [..., H] -> float32 logits [..., V], softly capped where the checkpoint caps them."""
+        return self.model.logits(hidden)
+
+    def make_cache(self) -> Cache:
+        """An empty cache for generation; pass it to every call of one conversation batch."""
+        return Cache(self.spec.text)
+
+    def __call__(self, input_ids: Any, cache: Cache | None = None, **inputs: Any) -> mx.array:
+        """Logits float32 [B, T, V]; arguments as for `hidden`."""
+        return self.logits(self.hidden(input_ids, cache=cache, **inputs))
