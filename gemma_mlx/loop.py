@@ -120,7 +120,7 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     machine.set_limits()
     if model is None:
         source = resolve(config.model)
-        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window, config.quantize)
+        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window, quantize=config.quantize)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))

@@ -82,10 +82,16 @@ def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
     if lanes <= 1:
         return [batch]
     edges = [rows * i // lanes for i in range(lanes + 1)]
-    given = {kind: getattr(batch, where) for kind, (_, where) in MEDIA.items()}
+    given = {kind: _placing(batch, kind) for kind in MEDIA}
     soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
     cuts = {kind: _media_edges(batch, counts, kind, edges, spec) for kind, counts in soft.items()}
     return [_rows(batch, i, edges, cuts) for i in range(lanes)]
+
+
+def _placing(batch: Batch, kind: str) -> np.ndarray | None:
+    """The array that tells a medium's values from padding; the values themselves where nothing is padded."""
+    values, where = (getattr(batch, name) for name in MEDIA[kind])
+    return values if where is None else where
 
 
 def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, edges: list[int], spec: Any) -> list[int]:
@@ -105,7 +111,7 @@ def _rows(batch: Batch, lane: int, edges: list[int], cuts: dict[str, list[int]])
     for kind, (first, second, _) in _MEDIA.items():
         a, b = cuts[kind][lane : lane + 2]
         if a < b:
-            parts |= {first: getattr(batch, first)[a:b], second: getattr(batch, second)[a:b]}
+            parts |= {n: array[a:b] for n in (first, second) if (array := getattr(batch, n)) is not None}
     return Batch(**parts)
 
 
@@ -125,8 +131,8 @@ def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
         arrays["mm_token_type_ids"] = batch.mm_token_type_ids
     for kind, (values, where) in MEDIA.items():
         if getattr(batch, values) is not None:
-            arrays |= {values: getattr(batch, values), where: getattr(batch, where)}
-            indices[kind] = soft_token_index(spec, kind, arrays[where])
+            arrays |= {n: array for n in (values, where) if (array := getattr(batch, n)) is not None}
+            indices[kind] = soft_token_index(spec, kind, _placing(batch, kind))
     for kind, token_id in ((kind, getattr(spec, f"{kind}_token_id")) for kind in MEDIA):
         slots, found = int((batch.input_ids == token_id).sum()), len(indices.get(kind, ()))
         if slots != found:
@@ -159,7 +165,7 @@ class Step:
             kind for kind in _MEDIA if any(f"{part}." in path for path in adapted for part in module_names(kind))
         }
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
-        self._gradients = wrap(mx.value_and_grad(self._loss))
+        self._gradients = wrap(mx.value_and_grad(self._training_loss))
         self._evaluate = wrap(self._loss)
         self._apply = wrap(self._updated)
         self._encode = {kind: wrap(lambda arrays, kind=kind: self._soft_tokens(kind, arrays)) for kind in _MEDIA}
@@ -169,7 +175,9 @@ class Step:
         ready = prepare(batch, self.model.spec, SOFT_BUCKET if self.compiled else 1)
         for kind, names in _MEDIA.items():
             if kind not in self.trained and names[0] in ready.arrays:
-                ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind]({n: ready.arrays.pop(n) for n in names})
+                ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind](
+                    {n: ready.arrays.pop(n) for n in names if n in ready.arrays}
+                )
         return ready
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
@@ -233,8 +241,17 @@ class Step:
             hidden = self.model.hidden(arrays["input_ids"], mm_token_type_ids=types, **soft)
             return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
 
+    def _training_loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
+        """The loss in train mode, in which Gemma 3n's AltUp bounds its coefficients."""
+        mode = self.model.training
+        self.model.train()
+        try:
+            return self._loss(weights, arrays, key)
+        finally:
+            self.model.train(mode)
+
     def _soft_tokens(self, kind: str, arrays: Arrays) -> mx.array:
-        return self.model.model.soft_tokens(kind, *(arrays[name] for name in _MEDIA[kind]))
+        return self.model.model.soft_tokens(kind, *(arrays.get(name) for name in _MEDIA[kind]))
 
     def _updated(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array

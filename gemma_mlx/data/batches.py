@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.data.features import Patches
+from gemma_mlx.data.features_gemma3n import Clip, Picture, stack_clips
 from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, VIDEO, Sample
 from gemma_mlx.errors import InputError
 
@@ -54,6 +55,11 @@ def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) ->
     )  # fmt: skip
 
 
+def clip_tokens(clip: np.ndarray | Clip, frames_per_token: int) -> int:
+    """Soft tokens of a clip."""
+    return clip.soft_tokens if isinstance(clip, Clip) else -(-len(clip) // frames_per_token)
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -62,7 +68,7 @@ def _check_slots(sample: Sample) -> None:
     for kind, name, wanted in (
         (IMAGE, "image", sum(image.soft_tokens for image in sample.images)),
         (VIDEO, "video", sum(frame.soft_tokens for video in sample.videos for frame in video)),
-        (AUDIO, "audio", sum(-(-len(clip) // sample.frames_per_token) for clip in sample.clips)),
+        (AUDIO, "audio", sum(clip_tokens(clip, sample.frames_per_token) for clip in sample.clips)),
     ):
         found = int((sample.token_types == kind).sum())
         if found != wanted:
@@ -75,6 +81,8 @@ def _check_slots(sample: Sample) -> None:
 def _stack_images(images: Sequence[Patches], multiple: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     if not images:
         return None, None
+    if isinstance(images[0], Picture):
+        return np.stack([image.values() for image in images]), None
     cell = len(images[0].pixels) // images[0].soft_tokens  # patches in one soft token
     patches = _round_up(max(len(image.pixels) for image in images), cell * multiple)
     values = np.zeros((len(images), patches, images[0].pixels.shape[1]), np.float32)
@@ -89,6 +97,8 @@ def _stack_clips(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray |
     clips = [clip for sample in samples for clip in sample.clips]
     if not clips:
         return None, None
+    if isinstance(clips[0], Clip):
+        return stack_clips(clips, 16 * multiple if multiple > 1 else 1)
     longest = max(map(len, clips))
     frames = longest if multiple == 1 else _round_up(longest, samples[0].frames_per_token * multiple)
     features = np.zeros((len(clips), frames, clips[0].shape[1]), np.float32)

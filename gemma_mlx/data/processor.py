@@ -10,8 +10,12 @@ import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data import template_gemma3 as gemma3
+from gemma_mlx.data import template_gemma3n
+from gemma_mlx.data.batches import clip_tokens
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Video
 from gemma_mlx.data.features import Patches, image_patches, log_mel, raw_frames
+from gemma_mlx.data.features_gemma3n import log_mel as gemma3n_log_mel
+from gemma_mlx.data.features_gemma3n import square_picture
 from gemma_mlx.data.media import LONG_AUDIO, audio_samples, image_dimensions, load_audio, load_image
 from gemma_mlx.data.template import (
     AUDIO,
@@ -29,10 +33,12 @@ from gemma_mlx.data.template import (
     render_conversation,
     render_prompt,
 )
+from gemma_mlx.data.template_gemma3n import WithBreaks
 from gemma_mlx.data.tokenizer import Tokenizer, read_json
 from gemma_mlx.data.video import load_frames, timestamps, video_info
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import ModelSpec, image_soft_tokens, read_spec
+from gemma_mlx.spec_gemma3n import Gemma3nSpec
 
 VIDEO_FRAMES, VIDEO_TOKENS = 32, 70
 """Frames of a video, and the most soft tokens of each, where the checkpoint's processor config says nothing."""
@@ -98,6 +104,22 @@ class Processor:
         own = nested.get("max_soft_tokens") or flat.get("max_soft_tokens")
         return int(own) if own else vision.default_output_length if vision else 280
 
+    @property
+    def _is_3n(self) -> bool:
+        return isinstance(self.spec, Gemma3nSpec)
+
+    @property
+    def _slot_texts(self) -> tuple[str, ...]:
+        found = (self.tokenizer.text_of(i) for i in (self.spec.image_token_id, self.spec.audio_token_id))
+        return tuple(text for text in found if text)
+
+    @cached_property
+    def image_side(self) -> int:
+        """Pixels on the side of a picture, where all are squashed to one square (Gemma 3n)."""
+        nested = read_json(self.folder / "processor_config.json").get("image_processor") or {}
+        size = nested.get("size") or read_json(self.folder / "preprocessor_config.json").get("size") or {}
+        return int(size.get("height", 768))
+
     @cached_property
     def video_limits(self) -> tuple[int, int]:
         """(frames of a video, the most soft tokens of each), from the processor's config."""
@@ -109,6 +131,7 @@ class Processor:
     def template(self) -> ChatTemplate:
         """The chat template in use: asked for, else the checkpoint's, else the family's format."""
         default = DEFAULT_TEMPLATE if self.tokenizer.id_of(gemma3.TURN_OPEN) is None else gemma3.DEFAULT_TEMPLATE
+        default = template_gemma3n.DEFAULT_TEMPLATE if self._is_3n else default
         source = self._chat_template or self.tokenizer.chat_template or default
         return ChatTemplate(source, self.tokenizer.special_tokens)
 
@@ -173,11 +196,11 @@ class Processor:
         types = np.full_like(input_ids, TEXT)
         return Sample(input_ids, labels, types, where=example.where, row_id=example.row_id)
 
-    def _template(self, example: Example) -> ChatTemplate | WithFrames:
+    def _template(self, example: Example) -> ChatTemplate | WithFrames | WithBreaks:
         """The template, writing videos as the frames that they are read as."""
         videos = [part for part in example.media() if isinstance(part, Video)]
         if not videos:
-            return self.template
+            return WithBreaks(self.template, self._slot_texts) if self._is_3n else self.template
         films = [timestamps(video_info(part.path, example.where), self.video_limits[0]) for part in videos]
         return WithFrames(self.template, self.tokenizer.text_of(self.spec.video_token_id) or "<|video|>", films)
 
@@ -186,6 +209,7 @@ class Processor:
         videos: list[tuple[Patches, ...]] = []
         clips: list[np.ndarray] = []
         slots: list[tuple[int, int]] = []
+        per_token = getattr(self.spec.audio, "frames_per_token", 4)
         for part in example.media():
             if not with_features:
                 slots += self._slots(part, example.where)
@@ -198,14 +222,15 @@ class Processor:
                 slots += [(VIDEO, frame.soft_tokens) for frame in videos[-1]]
             else:
                 clips.append(self._features(part, example.where))
-                slots.append((AUDIO, -(-len(clips[-1]) // self.spec.audio.frames_per_token)))
+                slots.append((AUDIO, clip_tokens(clips[-1], per_token)))
         input_ids, label_ids, types = expand(ids, labels, slots, self.tokenizer, example.where)
-        per_token = self.spec.audio.frames_per_token if clips else 4
         media = (tuple(images), tuple(clips), example.where, example.row_id, tuple(videos), per_token)
         return Sample(input_ids, label_ids, types, *media)
 
     def _slots(self, part: Image | Video | Audio, where: str) -> list[tuple[int, int]]:
         """(token type, slots) of a medium, without decoding more of it than its size needs."""
+        if self._is_3n:
+            return [self._fixed_slots(part, where)]
         if isinstance(part, Image):
             return [(IMAGE, image_soft_tokens(*image_dimensions(part.path, where), *self._budget(part)))]
         if isinstance(part, Video):
@@ -215,12 +240,24 @@ class Processor:
         audio = self.spec.audio
         return [(AUDIO, audio.soft_tokens(audio_samples(part.path, where, self.long_audio, audio.max_samples)))]
 
+    def _fixed_slots(self, part: Image | Audio, where: str) -> tuple[int, int]:
+        """Gemma 3n's, after reading the file's header."""
+        if isinstance(part, Image):
+            image_dimensions(part.path, where)
+            return IMAGE, self.spec.vision.tokens_each
+        audio_samples(part.path, where, self.long_audio, self.spec.audio.max_samples)
+        return AUDIO, self.spec.audio.tokens_each
+
     def _features(self, part: Audio, where: str) -> np.ndarray:
         audio = self.spec.audio
         wave = load_audio(part.path, where, self.long_audio, audio.max_samples)
+        if self._is_3n:
+            return gemma3n_log_mel(wave, audio.tokens_each)
         return raw_frames(wave, audio.audio_embed_dim) if self.spec.unified else log_mel(wave)
 
     def _patches(self, picture: np.ndarray, part: Image | Video, where: str) -> Patches:
+        if self._is_3n:
+            return square_picture(picture, self.image_side, self.spec.vision.tokens_each)
         try:
             return image_patches(picture, *self._budget(part))
         except InputError as e:

@@ -10,7 +10,7 @@ import re
 
 from gemma_mlx.spec import ModelSpec
 
-_CONVOLUTION = re.compile(r"\.(conv|depthwise_conv1d)\.weight$")
+_CONVOLUTION = re.compile(r"\.(conv|depthwise_conv1d|conv_exp|conv_pwl|down_conv|proj)\.weight$")
 _SHARED_KV = re.compile(r"^model\.language_model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _TIED_HEADS = frozenset({"lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight"})
 _PARTS = ("language_model.", "vision_tower.", "vision_embedder.", "audio_tower.", "embed_vision.", "embed_audio.")
