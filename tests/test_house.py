@@ -23,6 +23,7 @@ FORBIDDEN = {
     "config.py": ("mlx", "torch", "gemma_mlx.data", "gemma_mlx.models", "gemma_mlx.loop"),
     "models/": ("torch", "transformers", "gemma_mlx.loop", "gemma_mlx.loss", "gemma_mlx.checkpoint", "gemma_mlx.cli"),
     "models/gemma4/": ("gemma_mlx.models.gemma3n", "gemma_mlx.models.gemma3", "gemma_mlx.data", "numpy.random"),
+    "models/gemma3n/": ("gemma_mlx.models.gemma4", "gemma_mlx.models.gemma3", "gemma_mlx.data", "numpy.random"),
     "ops/": ("torch", "transformers", "gemma_mlx.data", "gemma_mlx.models", "gemma_mlx.loop", "gemma_mlx.lora"),
     "lora.py": ("torch", "gemma_mlx.loop", "gemma_mlx.data", "gemma_mlx.cli"),
     "loss.py": ("torch", "gemma_mlx.loop", "gemma_mlx.data", "gemma_mlx.cli"),

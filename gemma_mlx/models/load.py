@@ -340,7 +340,7 @@ def load(
 
     remembered = remembered_options(adapter)
     window = audio_window or remembered.get("audio_window", 12)
-    loaded = load_model(folder, dtype, allow_unexpected, window, quantize or remembered.get("quantize"))
+    loaded = load_model(folder, dtype, allow_unexpected, window, quantize=quantize or remembered.get("quantize"))
     if adapter is not None:
         load_adapter(loaded, adapter)
     return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))
