@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.models.layers import RMSNorm, gelu_tanh
 from gemma_mlx.spec import TextSpec
 
 SORT_FROM = 64
@@ -78,4 +78,4 @@ class Experts(nn.Module):
             return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
 
         gate, up = mx.split(linear(x, self.gate_up_proj), 2, axis=-1)
-        return linear(nn.gelu_approx(gate) * up, self.down_proj)
+        return linear(gelu_tanh(gate) * up, self.down_proj)
