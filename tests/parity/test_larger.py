@@ -177,3 +177,18 @@ def test_video_frames_are_pictures(pairs):
         num_frames_per_video=np.array([2], np.int32),
     )
     assert np.array_equal(np.array(pair.ours(**batch.inputs())), np.array(pair.ours(**as_video.inputs())))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_prefill_in_parts(pairs, name):
+    """Text first, then a picture longer than the window in a second call, then text: as in one call."""
+    pair = pairs[name]
+    batch = make_batch([[14, image(12, 9), 5]], unified=name == "12B")
+    whole = np.array(pair.ours(**batch.inputs()))
+    cache, parts = pair.ours.make_cache(), []
+    for start, end in ((0, 11), (11, 30), (30, batch.input_ids.shape[1])):
+        inputs = {k: getattr(batch, k)[:, start:end] for k in ("input_ids", "mm_token_type_ids")}
+        if (inputs["mm_token_type_ids"] == 1).any():
+            inputs |= {k: getattr(batch, k) for k in ("pixel_values", "image_position_ids")}
+        parts.append(np.array(pair.ours(**inputs, cache=cache)))
+    assert np.abs(np.concatenate(parts, axis=1) - whole).max() <= BOUND
