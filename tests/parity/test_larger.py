@@ -11,6 +11,9 @@ from parity_cases import image, make_batch, relative_differences, video
 from parity_pairs import noisy, our_gradients
 from test_logits import BOUND, compare
 
+from gemma_mlx.models.load import load_model
+from gemma_mlx.models.media import MEDIA
+
 GRADIENT_BOUND = 1e-3  # ‖a − b‖ / ‖b‖ of each tensor
 EVERY = [(name, case) for name in MAKERS for case in (*CASES, *(AUDIO_CASES if name == "12B" else ()))]
 # Each of these runs backwards five times in torch.
@@ -177,3 +180,35 @@ def test_video_frames_are_pictures(pairs):
         num_frames_per_video=np.array([2], np.int32),
     )
     assert np.array_equal(np.array(pair.ours(**batch.inputs())), np.array(pair.ours(**as_video.inputs())))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_prefill_in_parts(pairs, name):
+    """Text first, then a picture longer than the window in a second call, then text: as in one call."""
+    pair = pairs[name]
+    batch = make_batch([[14, image(12, 9), 5]], unified=name == "12B")
+    whole = np.array(pair.ours(**batch.inputs()))
+    cache, parts = pair.ours.make_cache(), []
+    for start, end in ((0, 11), (11, 30), (30, batch.input_ids.shape[1])):
+        inputs = {k: getattr(batch, k)[:, start:end] for k in ("input_ids", "mm_token_type_ids")}
+        if (inputs["mm_token_type_ids"] == 1).any():
+            inputs |= {k: getattr(batch, k) for k in ("pixel_values", "image_position_ids")}
+        parts.append(np.array(pair.ours(**inputs, cache=cache)))
+    assert np.abs(np.concatenate(parts, axis=1) - whole).max() <= BOUND
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_bfloat16(larger_folders, pairs, name):
+    """A bfloat16 load computes in bfloat16 with every medium and stays near float32."""
+    rough = load_model(larger_folders[name], dtype="bfloat16")
+    batch = batch_of(name, "everything" if name == "12B" else "videos of other lengths, and a picture")
+    hidden = rough.hidden(**batch.inputs())
+    soft = rough.encode(**{k: v for k, v in batch.inputs().items() if k in media_names()})
+    assert hidden.dtype == mx.bfloat16 and {s.dtype for s in soft.values()} == {mx.bfloat16}
+    valid = batch.attention_mask.astype(bool)
+    exact, found = np.array(pairs[name].ours(**batch.inputs()))[valid], np.array(rough.logits(hidden))[valid]
+    assert np.abs(found - exact).mean() < 0.15 * exact.std()
+
+
+def media_names():
+    return {name for names in MEDIA.values() for name in names}

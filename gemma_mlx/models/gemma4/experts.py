@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.models.layers import RMSNorm, gelu_tanh
 from gemma_mlx.spec import TextSpec
 
 SORT_FROM = 64
@@ -74,8 +74,12 @@ class Experts(nn.Module):
     def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         """x [n, 1, hidden], each row through its own expert."""
 
+        # MLX's gather_mm has only float32 on a CPU.
+        inner = mx.float32 if mx.default_device().type == mx.cpu else x.dtype
+
         def linear(x: mx.array, weight: mx.array) -> mx.array:
-            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
+            x, weight, dtype = x.astype(inner), weight.astype(inner).swapaxes(-1, -2), x.dtype
+            return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=is_sorted).astype(dtype)
 
         gate, up = mx.split(linear(x, self.gate_up_proj), 2, axis=-1)
-        return linear(nn.gelu_approx(gate) * up, self.down_proj)
+        return linear(gelu_tanh(gate) * up, self.down_proj)
