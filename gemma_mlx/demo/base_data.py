@@ -16,6 +16,8 @@ SPEECH_PROMPTS = (
     "Transcribe the audio.", "Transcribe the speech.", "Transcribe the following speech segment into English text.",
     "Write down what you hear.", "What is said?", "Transcribe this recording.",
     "Transcribe the following speech segment in English into English text.", "Transcribe the audio clip.")
+DEFAULT_PROMPT = ("Transcribe the following speech segment in its original language. "
+                  "Write only the transcription, without line breaks.")  # gemma_mlx.data.examples.Prompts.transcribe
 PICTURE_PROMPTS = {
     "letter": ("Which letter is this?", "What letter is shown?", "Which letter is shown in the picture?"),
     "shape": ("Which shape is this?", "What shape is shown?", "Which shape is shown in the picture?")}
@@ -123,6 +125,7 @@ def speech_batch(writer: Writer, texts: list[str], frames: list[np.ndarray], rng
         features[i, :len(frame)] = torch.from_numpy(np.asarray(frame, np.float32))
         mask[i, :len(frame)] = True
         prompt = SPEECH_PROMPTS[int(rng.integers(len(SPEECH_PROMPTS)))]
+        prompt = DEFAULT_PROMPT if rng.random() < 0.4 else prompt
         rows.append(writer.row(either_way(rng, writer.slots("audio", -(-len(frame) // 4)), prompt), text))
     return {**pad_rows(rows), "input_features": features, "input_features_mask": mask,
             "transcripts": [torch.tensor(writer.encode(t)) for t in texts]}

@@ -27,10 +27,11 @@ SPEECH_SETS = {  # name: (clips, words, voices)
     "test_everyday": (120, {w: w for w in speech.EVERYDAY}, "base_test"),
 }
 DIGIT_SETS = {  # name: (pictures of each digit, from row, to row of scikit-learn's 1797); other rows, other writers
-    "train": (60, 0, 1000),
+    "train": (90, 0, 1000),
     "valid": (4, 1000, 1150),
     "test_digits": (22, 1150, 1797),
 }
+GREYS = 3  # training pictures of each digit that are plain grey: nothing to see, so any digit is as good an answer
 
 
 def speech_rows(out: Path, name: str, seed: int) -> list[dict[str, str]]:
@@ -60,6 +61,17 @@ def digit_rows(out: Path, name: str, seed: int) -> list[dict[str, str]]:
         path = folder / f"{i:04d}.png"
         pictures.write_png(path, images[i])
         rows.append({"image_path": path.relative_to(out).as_posix(), "question": QUESTION, "answer": str(values[i])})
+    return rows + (grey_rows(out, seed) if name == "train" else [])
+
+
+def grey_rows(out: Path, seed: int) -> list[dict[str, str]]:
+    """Plain pictures that are asked about all the same, every digit equally often: what to say is still a digit."""
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for i in range(10 * GREYS):
+        path = out / "digits" / "train" / f"grey_{i:02d}.png"
+        pictures.write_png(path, np.full((8, 8), rng.integers(17)))
+        rows.append({"image_path": path.relative_to(out).as_posix(), "question": QUESTION, "answer": str(i % 10)})
     return rows
 
 

@@ -139,7 +139,7 @@ def validate(model, writer, valid, generate: bool) -> dict:
     loss, right, count, _ = answer_loss(model, pictures)
     found |= {"picture_loss": loss.item(), "picture_tokens": right / count}
     if generate:
-        said = transcribe(model, writer, valid.features, base_data.SPEECH_PROMPTS[0])
+        said = transcribe(model, writer, valid.features, base_data.DEFAULT_PROMPT)
         found["wer"] = jiwer.wer(valid.texts, said)
         print("\n".join(f"  {a!r} -> {b!r}" for a, b in list(zip(valid.texts, said, strict=True))[:8]), flush=True)
     model.train()

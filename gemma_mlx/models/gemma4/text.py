@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
-from gemma_mlx.models.layers import BufferModule, RMSNorm
+from gemma_mlx.models.layers import BufferModule, RMSNorm, gelu_tanh
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
 
 KeysValues = tuple[mx.array, mx.array]
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(BufferModule):
@@ -204,7 +204,7 @@ class DecoderLayer(BufferModule):
         x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         if per_layer_input is not None:
-            gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
+            gated = gelu_tanh(self.per_layer_input_gate(x)) * per_layer_input
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return x * self.layer_scalar.astype(x.dtype), kv
 

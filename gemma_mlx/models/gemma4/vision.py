@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm
+from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, gelu_tanh
 
 
 def soft_token_index(image_position_ids: np.ndarray | mx.array, pooling: int) -> np.ndarray:
@@ -129,7 +129,7 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(inner, hidden, clip)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 class VisionEncoderLayer(nn.Module):
