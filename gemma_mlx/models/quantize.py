@@ -8,7 +8,7 @@ clip bounds, relative positions and small widths do not bear it), norms and scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,14 @@ def quantized_paths(model: nn.Module) -> dict[str, Packed]:
     return {path: Packed(m.bits, m.group_size) for path, m in found.items()}
 
 
-def quantize_model(model: nn.Module, bits: int) -> list[str]:
+def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> list[str]:
     """Quantize the decoder's matrices in place; returns their paths. The model stays frozen.
 
     Each matrix is computed at once, so that the peak holds one in floating point beside what is already packed.
 
     Args:
         bits: 4, 6 or 8.
+        parts: module names (mlp, embed_tokens, ...) of which a path must have one; all paths by default.
 
     Raises:
         InputError: other bits, or a model that holds quantized weights already.
@@ -91,10 +92,10 @@ def quantize_model(model: nn.Module, bits: int) -> list[str]:
         path, form = next(iter(found.items()))
         held = f"{path}: {form.bits} bits"
         raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
-    done, modules = [], _modules(model)
+    done, modules, parts = [], _modules(model), set(parts)
     for path in list(modules):
         module = modules.pop(path)  # nothing else may hold the float weight
-        if stays_float(path, module):
+        if stays_float(path, module) or (parts and not parts.intersection(path.split("."))):
             continue
         group = GROUP if module.weight.shape[1] % GROUP == 0 else 32
         packed = module.to_quantized(group_size=group, bits=bits)
