@@ -23,6 +23,7 @@ from gemma_mlx.loss import label_positions, loss_sum
 from gemma_mlx.models.gemma4.audio import soft_token_index as audio_index
 from gemma_mlx.models.gemma4.vision import soft_token_index as image_index
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
+from gemma_mlx.tower_cache import TowerCache
 
 COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
 """``off`` runs every step uncompiled."""
@@ -34,6 +35,12 @@ _MEDIA = {
     "image": ("pixel_values", "image_position_ids", "image_index"),
     "audio": ("input_features", "input_features_mask", "audio_index"),
 }
+_INDEX = {
+    "image": lambda where, spec: image_index(where, spec.vision.pooling_kernel_size),
+    "audio": lambda where, spec: audio_index(where),
+}
+_PART = {"image": "vision", "audio": "audio"}
+"""A medium's part of the model: `vision_tower`, `embed_vision`, `spec.vision`."""
 
 
 @dataclass
@@ -121,27 +128,28 @@ def _padded(index: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(index, (0, -len(index) % multiple), mode="edge") if len(index) else index
 
 
-def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
-    """Count, check and move a batch to MLX arrays.
+def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None, bucket: int = 1) -> Prepared:
+    """Count, check and move a batch to MLX arrays; media whose tower is frozen become that tower's outputs.
 
     Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
     """
-    arrays: dict[str, np.ndarray] = {"input_ids": batch.input_ids, **label_positions(batch.labels)}
-    indices: dict[str, np.ndarray] = {}
-    if batch.pixel_values is not None:
-        arrays |= {"pixel_values": batch.pixel_values, "image_position_ids": batch.image_position_ids}
-        indices["image"] = image_index(batch.image_position_ids, spec.vision.pooling_kernel_size)
-    if batch.input_features is not None:
-        arrays |= {"input_features": batch.input_features, "input_features_mask": batch.input_features_mask}
-        indices["audio"] = audio_index(batch.input_features_mask)
-    for kind, token_id in (("image", spec.image_token_id), ("audio", spec.audio_token_id)):
-        slots, found = int((batch.input_ids == token_id).sum()), len(indices.get(kind, ()))
-        if slots != found:
+    arrays: Arrays = {"input_ids": mx.array(batch.input_ids)}
+    arrays |= {name: mx.array(value) for name, value in label_positions(batch.labels).items()}
+    for kind, (first, second, index_name) in _MEDIA.items():
+        features, where = getattr(batch, first), getattr(batch, second)
+        index = np.zeros(0, np.int32) if features is None else _INDEX[kind](where, spec)
+        slots = int((batch.input_ids == getattr(spec, f"{kind}_token_id")).sum())
+        if slots != len(index):
             rows = ", ".join(batch.row_ids[:4])
-            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {found} soft tokens")
-    arrays |= {f"{kind}_index": _padded(index, bucket) for kind, index in indices.items()}
-    tokens = int(batch.attention_mask.sum())
-    return Prepared({k: mx.array(v) for k, v in arrays.items()}, batch.label_count, tokens, len(batch.input_ids))
+            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {len(index)} soft tokens")
+        if features is None:
+            continue
+        if frozen and kind in frozen:
+            made = frozen[kind](features, where if where.ndim == 2 else (where >= 0).all(-1), where)
+            arrays[f"{kind}_features"] = mx.pad(made, [(0, -len(index) % bucket), (0, 0)])
+        else:
+            arrays |= {first: mx.array(features), second: mx.array(where), index_name: mx.array(_padded(index, bucket))}
+    return Prepared(arrays, batch.label_count, int(batch.attention_mask.sum()), len(batch.input_ids))
 
 
 class Step:
@@ -149,8 +157,8 @@ class Step:
 
     ``compiled`` defaults to ``should_compile()``. MLX runs a stream's operations on a CPU one after the other, so with
     ``lanes`` above 1 the rows of a batch are shared out to as many streams, which run side by side. Towers without an
-    adapter are encoded by a function of their own, outside the one that is differentiated, where MLX's fused attention
-    is available.
+    adapter are encoded outside the function that is differentiated, where MLX's fused attention is available, and
+    each medium only once while the cache holds it.
     """
 
     def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
@@ -161,22 +169,20 @@ class Step:
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.compiled = should_compile() if compiled is None else compiled
-        self.trained = {
-            kind for kind in _MEDIA if any(f"{part}." in f"{path}." for path in self.layers for part in _towers(kind))
+        self.frozen = {
+            kind: TowerCache(self._tower(kind))
+            for kind in _MEDIA
+            if getattr(model.spec, _PART[kind]) is not None
+            and not any(f"{_PART[kind]}_tower." in path for path in self.layers)
         }
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
         self._gradients = wrap(mx.value_and_grad(self._loss))
         self._evaluate = wrap(self._loss)
         self._apply = wrap(self._updated)
-        self._encode = {kind: wrap(lambda arrays, kind=kind: self._soft_tokens(kind, arrays)) for kind in _MEDIA}
 
     def prepare(self, batch: Batch) -> Prepared:
-        """``prepare`` with the padding that compiled steps need, soft tokens of frozen towers included."""
-        ready = prepare(batch, self.model.spec, SOFT_BUCKET if self.compiled else 1)
-        for kind, names in _MEDIA.items():
-            if kind not in self.trained and names[0] in ready.arrays:
-                ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind]({n: ready.arrays.pop(n) for n in names})
-        return ready
+        """``prepare`` with the padding that compiled steps need."""
+        return prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
@@ -227,27 +233,22 @@ class Step:
     def _loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
         self.install(weights)
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
-            soft = {}
-            for kind, names in _MEDIA.items():
-                name = f"{kind}_soft_tokens"
-                if name in arrays:
-                    soft[name] = arrays[name]
-                elif names[0] in arrays:
-                    soft[name] = self._soft_tokens(kind, arrays)
+            kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
+            soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
             hidden = self.model.hidden(arrays["input_ids"], **soft)
             return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
 
     def _soft_tokens(self, kind: str, arrays: Arrays) -> mx.array:
-        tower, embedder = (getattr(self.model.model, name) for name in _towers(kind))
-        return embedder(tower(*(arrays[name] for name in _MEDIA[kind])))
+        features = arrays.get(f"{kind}_features")
+        if features is None:
+            features = self._tower(kind)(*(arrays[name] for name in _MEDIA[kind]))
+        return getattr(self.model.model, f"embed_{_PART[kind]}")(features)
+
+    def _tower(self, kind: str) -> Any:
+        return getattr(self.model.model, f"{_PART[kind]}_tower", None)
 
     def _updated(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array
     ) -> tuple[Weights, dict[str, Weights], mx.array]:
         grads, norm = clip_by_norm({name: g * share for name, g in grads.items()}, self.clip)
         return *adamw_update(weights, moments, grads, scalars), norm
-
-
-def _towers(kind: str) -> tuple[str, str]:
-    """Module names of a medium's tower and embedder."""
-    return ("vision_tower", "embed_vision") if kind == "image" else ("audio_tower", "embed_audio")
