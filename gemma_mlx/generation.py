@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
@@ -100,13 +101,30 @@ def steps(model: Any, batch: Batch, sampler: Sampler) -> Iterator[np.ndarray]:
     inputs = left_padded(batch).inputs()
     cache = model.make_cache()
     mask = inputs["attention_mask"]
-    hidden = model.hidden(**inputs, cache=cache)
+    hidden = model.hidden(**_encoded(model, inputs), cache=cache)
     while True:
         tokens = sampler(model.logits(hidden[:, -1]).astype(mx.float32))
         mx.eval(tokens)
         yield np.array(tokens)
         mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], axis=1)
         hidden = model.hidden(input_ids=tokens[:, None], attention_mask=mask, cache=cache)
+
+
+def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The inputs with soft tokens in place of media, which are shared out to the streams that the machine can use."""
+    text = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    soft: dict[str, list[mx.array]] = {}
+    for names in (("pixel_values", "image_position_ids"), ("input_features", "input_features_mask")):
+        if names[0] not in inputs:
+            continue
+        count = len(inputs[names[0]])
+        lanes = machine.streams(machine.lanes(count))
+        for lane, stream in enumerate(lanes):
+            part = slice(count * lane // len(lanes), count * (lane + 1) // len(lanes))
+            with mx.stream(stream):
+                for name, tokens in model.encode(**{n: inputs[n][part] for n in names}).items():
+                    soft.setdefault(name, []).append(tokens)
+    return {**text, **{name: mx.concatenate(parts) for name, parts in soft.items()}}
 
 
 def left_padded(batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from gemma_mlx import blas  # before mlx.core
 
@@ -58,6 +59,13 @@ def lanes(rows: int) -> int:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(blas.loaded).openblas_set_num_threads(max(1, cores() // chosen))
     return chosen
+
+
+@cache
+def streams(count: int) -> tuple[mx.Stream, ...]:
+    """The default stream and ``count`` − 1 others, the same ones at every call."""
+    device = mx.default_device()
+    return (mx.default_stream(device), *(mx.new_stream(device) for _ in range(count - 1)))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
@@ -163,8 +164,7 @@ class Step:
 
     def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
         self.model = model
-        self.streams = [mx.default_stream(mx.default_device())]
-        self.streams += [mx.new_stream(mx.default_device()) for _ in range(lanes - 1)]
+        self.streams = machine.streams(lanes)
         self.layers = lora_layers(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
