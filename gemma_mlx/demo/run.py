@@ -27,21 +27,18 @@ from gemma_mlx.plots import before_after
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 DATA = HERE / "data"
-_ENCODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VISION_TOO = ",".join(["decoder", "audio", *(f"vision.{name}" for name in _ENCODER)])
-"""All but the patch embedder: an adapter on raw pixels made training unsteady at this learning rate."""
 RECIPE: dict[str, Any] = {
-    "steps": 200,
+    "steps": 260,
     "batch_size": 16,
     "rank": 16,
     "alpha": 32,
-    "targets": VISION_TOO,
+    "targets": "decoder,audio,embedders",
     "lr": 3e-3,
     "warmup": 0.1,
     "schedule": "cosine",
     "eval_every": 0,
-    "save_every": 100,
-    "seed": 2,
+    "save_every": 130,
+    "seed": 0,
 }
 """The run's options; everything else is the library's default."""
 TESTS = {"everyday": "test_everyday.csv", "nato": "test_nato.csv", "digits": "test_digits.csv"}
