@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
@@ -67,6 +68,10 @@ class Sums:
         """Add one batch's."""
         self.loss, self.correct = self.loss + loss, self.correct + correct
         self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
+
+
+def _own_stream() -> None:
+    mx.set_default_stream(mx.new_stream(mx.default_device()))
 
 
 def add(a: Weights, b: Weights) -> Weights:
@@ -164,7 +169,9 @@ class Step:
 
     def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
         self.model = model
-        self.streams = machine.streams(lanes)
+        self.lanes = lanes
+        self._tracing = Lock()  # tracing writes into the model
+        self._threads = ThreadPoolExecutor(lanes, initializer=_own_stream) if lanes > 1 else None
         self.layers = lora_layers(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
@@ -186,30 +193,40 @@ class Step:
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
-        grads: Weights | None = None
-        sums = Sums()
-        for i, (stream, part) in enumerate(self._lanes(batch)):
-            with mx.stream(stream):
-                ready = self.prepare(part)
-                lane_key = key if i == 0 else mx.random.split(key, i + 1)[i]
-                (total, correct), more = self._call(self._gradients, weights, ready.arrays, lane_key)
-            grads = more if grads is None else add(grads, more)
-            sums.add(total, correct, ready)
+        parts = split(batch, self.lanes, self.model.spec)
+        keys = [key if i == 0 else mx.random.split(key, i + 1)[i] for i in range(len(parts))]
+        if self.lanes > 1:  # what is not evaluated yet belongs to this thread's streams
+            mx.eval(keys, weights, self.model.parameters())
+        done = self._side_by_side(lambda part, k: self._lane(weights, part, k), parts, keys)
+        grads, sums = done[0]
+        for more, counted in done[1:]:
+            grads = add(grads, more)
+            sums.add(counted.loss, counted.correct, counted)
         return grads, sums
+
+    def _lane(self, weights: Weights, part: Batch, key: mx.array) -> tuple[Weights, Sums]:
+        ready = self.prepare(part)
+        with self._tracing:
+            (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
+        sums = Sums()
+        sums.add(total, correct, ready)
+        if self.lanes > 1:  # a thread's streams cannot be used from another
+            mx.eval(grads, sums.loss, sums.correct)
+        return grads, sums
+
+    def _side_by_side(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        """``map`` over threads, each with a stream of its own: MLX works on a thread's evaluation one at a time."""
+        if self.lanes == 1 or len(arguments[0]) == 1:
+            return [function(*row) for row in zip(*arguments, strict=True)]
+        return list(self._threads.map(function, *arguments))
 
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""
         sums = Sums()
-        for stream, part in self._lanes(batch):
-            with mx.stream(stream):
-                ready = self.prepare(part)
-                total, correct = self._call(self._evaluate, weights, ready.arrays, None)
-            sums.add(total, correct, ready)
+        ready = self.prepare(batch)
+        total, correct = self._call(self._evaluate, weights, ready.arrays, None)
+        sums.add(total, correct, ready)
         return sums
-
-    def _lanes(self, batch: Batch) -> list[tuple[Any, Batch]]:
-        parts = split(batch, len(self.streams), self.model.spec)
-        return list(zip(self.streams, parts, strict=False))
 
     def apply(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, count: int, scalars: mx.array

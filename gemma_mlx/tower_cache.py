@@ -30,7 +30,7 @@ class TowerCache:
         self._bytes = 0
 
     def __call__(self, features: np.ndarray, valid: np.ndarray, where: np.ndarray) -> mx.array:
-        """Soft tokens [m_total, D] of all media of a batch, in order, lazy where they are new.
+        """Soft tokens [m_total, D] of all media of a batch, in order.
 
         Args:
             features: [N, P, ...] what the tower reads, padded.
@@ -46,6 +46,7 @@ class TowerCache:
             self._kept.move_to_end(key)
             return found
         made = self.tower(features[None], where[None])
+        mx.eval(made)  # another thread may find it
         if made.nbytes <= self.limit:
             self._kept[key] = made
             self._bytes += made.nbytes
