@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.lanes import shared
 
 Sampler = Callable[[mx.array], mx.array]
 """float32 logits [B, V] -> token ids [B]."""
@@ -111,20 +113,30 @@ def steps(model: Any, batch: Batch, sampler: Sampler) -> Iterator[np.ndarray]:
 
 
 def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The inputs with soft tokens in place of media, which are shared out to the streams that the machine can use."""
+    """The inputs with soft tokens in place of media, which are shared out to the threads that the machine can use."""
     text = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
     soft: dict[str, list[mx.array]] = {}
     for names in (("pixel_values", "image_position_ids"), ("input_features", "input_features_mask")):
         if names[0] not in inputs:
             continue
         count = len(inputs[names[0]])
-        lanes = machine.streams(machine.lanes(count))
-        for lane, stream in enumerate(lanes):
-            part = slice(count * lane // len(lanes), count * (lane + 1) // len(lanes))
-            with mx.stream(stream):
-                for name, tokens in model.encode(**{n: inputs[n][part] for n in names}).items():
-                    soft.setdefault(name, []).append(tokens)
+        lanes = machine.lanes(count)
+        edges = [count * lane // lanes for lane in range(lanes + 1)]
+        parts = [{n: inputs[n][a:b] for n in names} for a, b in pairwise(edges)]
+        for part in _side_by_side(model, parts) if lanes > 1 else [model.encode(**parts[0])]:
+            for name, tokens in part.items():
+                soft.setdefault(name, []).append(tokens)
     return {**text, **{name: mx.concatenate(parts) for name, parts in soft.items()}}
+
+
+def _side_by_side(model: Any, parts: list[dict[str, np.ndarray]]) -> list[dict[str, mx.array]]:
+    def encode(part: dict[str, np.ndarray]) -> dict[str, mx.array]:
+        tokens = model.encode(**part)
+        mx.eval(tokens)
+        return tokens
+
+    mx.eval(model.parameters())
+    return shared(len(parts)).map(encode, parts)
 
 
 def left_padded(batch: Batch) -> Batch:

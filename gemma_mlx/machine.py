@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from gemma_mlx import blas  # before mlx.core
 
@@ -46,11 +45,10 @@ def cores() -> int:
 
 
 def lanes(rows: int) -> int:
-    """Streams to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
+    """Threads to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
 
-    MLX runs the operations of a CPU stream one after the other and most of them on one core, so streams are what uses
-    the others. OpenBLAS then gets the cores that are left to each stream: its idle threads spin, and more of them than
-    cores make a step several times slower.
+    OpenBLAS then gets the cores that are left to each thread: its own idle threads spin, and more of them than cores
+    make a step several times slower.
     """
     if mx.default_device().type == mx.gpu:
         return 1
@@ -59,13 +57,6 @@ def lanes(rows: int) -> int:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(blas.loaded).openblas_set_num_threads(max(1, cores() // chosen))
     return chosen
-
-
-@cache
-def streams(count: int) -> tuple[mx.Stream, ...]:
-    """The default stream and ``count`` − 1 others, the same ones at every call."""
-    device = mx.default_device()
-    return (mx.default_stream(device), *(mx.new_stream(device) for _ in range(count - 1)))
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
+from gemma_mlx.lanes import shared
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
 from gemma_mlx.loss import label_positions, loss_sum
 from gemma_mlx.models.gemma4.audio import soft_token_index as audio_index
@@ -68,10 +68,6 @@ class Sums:
         """Add one batch's."""
         self.loss, self.correct = self.loss + loss, self.correct + correct
         self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
-
-
-def _own_stream() -> None:
-    mx.set_default_stream(mx.new_stream(mx.default_device()))
 
 
 def add(a: Weights, b: Weights) -> Weights:
@@ -161,17 +157,16 @@ def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
 class Step:
     """The functions of one training step over a model with adapters.
 
-    ``compiled`` defaults to ``should_compile()``. MLX runs a stream's operations on a CPU one after the other, so with
-    ``lanes`` above 1 the rows of a batch are shared out to as many streams, which run side by side. Towers without an
-    adapter are encoded outside the function that is differentiated, where MLX's fused attention is available, and
-    each medium only once while the cache holds it.
+    ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 the rows of a batch are shared out to as many
+    threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers without an adapter are encoded outside
+    the function that is differentiated, where MLX's fused attention is available, and each medium only once while the
+    cache holds it.
     """
 
     def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
         self.model = model
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
-        self._threads = ThreadPoolExecutor(lanes, initializer=_own_stream) if lanes > 1 else None
         self.layers = lora_layers(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
@@ -195,9 +190,11 @@ class Step:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
         parts = split(batch, self.lanes, self.model.spec)
         keys = [key if i == 0 else mx.random.split(key, i + 1)[i] for i in range(len(parts))]
-        if self.lanes > 1:  # what is not evaluated yet belongs to this thread's streams
+        if len(parts) > 1:
             mx.eval(keys, weights, self.model.parameters())
-        done = self._side_by_side(lambda part, k: self._lane(weights, part, k), parts, keys)
+            done = shared(self.lanes).map(lambda part, k: self._lane(weights, part, k), parts, keys)
+        else:
+            done = [self._lane(weights, parts[0], keys[0])]
         grads, sums = done[0]
         for more, counted in done[1:]:
             grads = add(grads, more)
@@ -210,15 +207,9 @@ class Step:
             (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
         sums = Sums()
         sums.add(total, correct, ready)
-        if self.lanes > 1:  # a thread's streams cannot be used from another
+        if self.lanes > 1:
             mx.eval(grads, sums.loss, sums.correct)
         return grads, sums
-
-    def _side_by_side(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """``map`` over threads, each with a stream of its own: MLX works on a thread's evaluation one at a time."""
-        if self.lanes == 1 or len(arguments[0]) == 1:
-            return [function(*row) for row in zip(*arguments, strict=True)]
-        return list(self._threads.map(function, *arguments))
 
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
+from threading import Lock
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +29,7 @@ class TowerCache:
         self.tower, self.limit = tower, limit
         self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
         self._bytes = 0
+        self._changing = Lock()
 
     def __call__(self, features: np.ndarray, valid: np.ndarray, where: np.ndarray) -> mx.array:
         """Soft tokens [m_total, D] of all media of a batch, in order.
@@ -42,14 +44,16 @@ class TowerCache:
 
     def _one(self, features: np.ndarray, where: np.ndarray) -> mx.array:
         key = blake2b(features.tobytes() + where.tobytes(), digest_size=16).digest()
-        if (found := self._kept.get(key)) is not None:
-            self._kept.move_to_end(key)
-            return found
+        with self._changing:
+            if (found := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return found
         made = self.tower(features[None], where[None])
         mx.eval(made)  # another thread may find it
-        if made.nbytes <= self.limit:
-            self._kept[key] = made
-            self._bytes += made.nbytes
-        while self._bytes > self.limit:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        with self._changing:
+            if key not in self._kept and made.nbytes <= self.limit:
+                self._kept[key] = made
+                self._bytes += made.nbytes
+            while self._bytes > self.limit:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return made
