@@ -17,7 +17,7 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
-from gemma_mlx.lanes import shared
+from gemma_mlx.lanes import in_pieces, shared
 
 Sampler = Callable[[mx.array], mx.array]
 """float32 logits [B, V] -> token ids [B]."""
@@ -131,7 +131,8 @@ def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _side_by_side(model: Any, parts: list[dict[str, np.ndarray]]) -> list[dict[str, mx.array]]:
     def encode(part: dict[str, np.ndarray]) -> dict[str, mx.array]:
-        tokens = model.encode(**part)
+        with in_pieces():
+            tokens = model.encode(**part)
         mx.eval(tokens)
         return tokens
 

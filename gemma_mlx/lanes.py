@@ -3,21 +3,43 @@
 MLX runs the operations of a CPU stream one after the other, most of them on one core, and works on one evaluation of a
 thread at a time; so only several threads with a stream each use several cores. An array that is not evaluated yet
 belongs to the streams of the thread that made it: evaluate what goes in and what comes out.
+
+MLX also bounds the operations under way over all streams together, so a lane whose long graph is queued starves the
+others; ``in_pieces`` and ``pause`` keep the graphs of a lane short.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, local
 from typing import Any
 
 import mlx.core as mx
 
 Task = tuple[Future, Callable[..., Any], tuple[Any, ...]]
+_here = local()
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """In a lane, ``pause`` evaluates within the block. Nothing may be traced in it: MLX refuses to compile an eval."""
+    _here.pausing = getattr(_here, "lane", False)
+    try:
+        yield
+    finally:
+        _here.pausing = False
+
+
+def pause(x: mx.array) -> mx.array:
+    """``x``; evaluated first in a lane's ``in_pieces``, elsewhere untouched."""
+    if getattr(_here, "pausing", False):
+        mx.eval(x)
+    return x
 
 
 class Lanes:
@@ -41,6 +63,7 @@ class Lanes:
 
     def _work(self) -> None:
         mx.set_default_stream(mx.new_stream(mx.default_device()))
+        _here.lane = True
         while task := self._tasks.get():
             future, function, row = task
             try:

@@ -10,6 +10,8 @@ from threading import Lock
 import mlx.core as mx
 import numpy as np
 
+from gemma_mlx.lanes import in_pieces
+
 CACHE_BYTES = 1 << 30
 """The most memory that kept outputs may take: 2,300 pictures of 280 soft tokens for E2B in bfloat16."""
 
@@ -48,7 +50,8 @@ class TowerCache:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 return found
-        made = self.tower(features[None], where[None])
+        with in_pieces():
+            made = self.tower(features[None], where[None])
         mx.eval(made)  # another thread may find it
         with self._changing:
             if key not in self._kept and made.nbytes <= self.limit:
