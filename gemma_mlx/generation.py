@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.lanes import in_pieces, shared
+from gemma_mlx.models.media import MEDIA
 
 Sampler = Callable[[mx.array], mx.array]
 """float32 logits [B, V] -> token ids [B]."""
@@ -102,13 +106,42 @@ def steps(model: Any, batch: Batch, sampler: Sampler) -> Iterator[np.ndarray]:
     inputs = left_padded(batch).inputs()
     cache = model.make_cache()
     mask = inputs["attention_mask"]
-    hidden = model.hidden(**inputs, cache=cache)
+    hidden = model.hidden(**_encoded(model, inputs), cache=cache)
     while True:
         tokens = sampler(model.logits(hidden[:, -1]).astype(mx.float32))
         mx.eval(tokens)
         yield np.array(tokens)
         mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], axis=1)
         hidden = model.hidden(input_ids=tokens[:, None], attention_mask=mask, cache=cache)
+
+
+def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The inputs with soft tokens in place of media, which are shared out to the threads that the machine can use."""
+    media = {name for names in MEDIA.values() for name in names}
+    text = {name: value for name, value in inputs.items() if name not in media}
+    soft: dict[str, list[mx.array]] = {}
+    for names in ([n for n in pair if n in inputs] for pair in MEDIA.values()):
+        if not names:
+            continue
+        count = len(inputs[names[0]])
+        lanes = machine.lanes(count)
+        edges = [count * lane // lanes for lane in range(lanes + 1)]
+        parts = [{n: inputs[n][a:b] for n in names} for a, b in pairwise(edges)]
+        for part in _side_by_side(model, parts) if lanes > 1 else [model.encode(**parts[0])]:
+            for name, tokens in part.items():
+                soft.setdefault(name, []).append(tokens)
+    return {**text, **{name: mx.concatenate(parts) for name, parts in soft.items()}}
+
+
+def _side_by_side(model: Any, parts: list[dict[str, np.ndarray]]) -> list[dict[str, mx.array]]:
+    def encode(part: dict[str, np.ndarray]) -> dict[str, mx.array]:
+        with in_pieces():
+            tokens = model.encode(**part)
+        mx.eval(tokens)
+        return tokens
+
+    mx.eval(model.parameters())
+    return shared(len(parts)).map(encode, parts)
 
 
 def left_padded(batch: Batch) -> Batch:

@@ -45,11 +45,10 @@ def cores() -> int:
 
 
 def lanes(rows: int) -> int:
-    """Streams to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
+    """Threads to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
 
-    MLX runs the operations of a CPU stream one after the other and most of them on one core, so streams are what uses
-    the others. OpenBLAS then gets the cores that are left to each stream: its idle threads spin, and more of them than
-    cores make a step several times slower.
+    OpenBLAS then gets the cores that are left to each thread: its own idle threads spin, and more of them than cores
+    make a step several times slower.
     """
     if mx.default_device().type == mx.gpu:
         return 1

@@ -11,6 +11,8 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +20,12 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
+from gemma_mlx.lanes import shared
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
 from gemma_mlx.loss import label_positions, loss_sum
-from gemma_mlx.models.media import MEDIA, module_names, soft_token_counts, soft_token_index
+from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
+from gemma_mlx.tower_cache import TowerCache
 
 COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
 """``off`` runs every step uncompiled."""
@@ -82,13 +86,13 @@ def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
     if lanes <= 1:
         return [batch]
     edges = [rows * i // lanes for i in range(lanes + 1)]
-    given = {kind: _placing(batch, kind) for kind in MEDIA}
+    given = {kind: placing(batch, kind) for kind in MEDIA}
     soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
     cuts = {kind: _media_edges(batch, counts, kind, edges, spec) for kind, counts in soft.items()}
     return [_rows(batch, i, edges, cuts) for i in range(lanes)]
 
 
-def _placing(batch: Batch, kind: str) -> np.ndarray | None:
+def placing(batch: Batch, kind: str) -> np.ndarray | None:
     """The array that tells a medium's values from padding; the values themselves where nothing is padded."""
     values, where = (getattr(batch, name) for name in MEDIA[kind])
     return values if where is None else where
@@ -120,92 +124,97 @@ def _padded(index: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(index, (0, -len(index) % multiple), mode="edge") if len(index) else index
 
 
-def prepare(batch: Batch, spec: Any, bucket: int = 1) -> Prepared:
-    """Count, check and move a batch to MLX arrays.
+def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None, bucket: int = 1) -> Prepared:
+    """Count, check and move a batch to MLX arrays; media whose tower is frozen become that tower's outputs.
 
     Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
     """
-    arrays: dict[str, np.ndarray] = {"input_ids": batch.input_ids, **label_positions(batch.labels)}
-    indices: dict[str, np.ndarray] = {}
+    arrays: Arrays = {"input_ids": mx.array(batch.input_ids)}
+    arrays |= {name: mx.array(value) for name, value in label_positions(batch.labels).items()}
     if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
-        arrays["mm_token_type_ids"] = batch.mm_token_type_ids
-    for kind, (values, where) in MEDIA.items():
-        if getattr(batch, values) is not None:
-            arrays |= {n: array for n in (values, where) if (array := getattr(batch, n)) is not None}
-            indices[kind] = soft_token_index(spec, kind, _placing(batch, kind))
-    for kind, token_id in ((kind, getattr(spec, f"{kind}_token_id")) for kind in MEDIA):
-        slots, found = int((batch.input_ids == token_id).sum()), len(indices.get(kind, ()))
-        if slots != found:
+        arrays["mm_token_type_ids"] = mx.array(batch.mm_token_type_ids)
+    for kind, names in MEDIA.items():
+        values, where = (getattr(batch, name) for name in names)
+        index = np.zeros(0, np.int32) if values is None else soft_token_index(spec, kind, placing(batch, kind))
+        slots = int((batch.input_ids == getattr(spec, f"{kind}_token_id")).sum())
+        if slots != len(index):
             rows = ", ".join(batch.row_ids[:4])
-            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {found} soft tokens")
-    arrays |= {f"{kind}_index": _padded(index, bucket) for kind, index in indices.items()}
-    tokens = int(batch.attention_mask.sum())
-    return Prepared({k: mx.array(v) for k, v in arrays.items()}, batch.label_count, tokens, len(batch.input_ids))
+            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {len(index)} soft tokens")
+        if values is None:
+            continue
+        if frozen and kind in frozen:
+            made = frozen[kind](values, where)
+            arrays[f"{kind}_features"] = mx.pad(made, [(0, -len(index) % bucket), (0, 0)])
+        else:
+            arrays |= {name: mx.array(a) for name, a in zip(names, (values, where), strict=True) if a is not None}
+            arrays[f"{kind}_index"] = mx.array(_padded(index, bucket))
+    return Prepared(arrays, batch.label_count, int(batch.attention_mask.sum()), len(batch.input_ids))
 
 
 class Step:
     """The functions of one training step over a model with adapters.
 
-    ``compiled`` defaults to ``should_compile()``. MLX runs a stream's operations on a CPU one after the other, so with
-    ``lanes`` above 1 the rows of a batch are shared out to as many streams, which run side by side. Towers without an
-    adapter are encoded by a function of their own, outside the one that is differentiated, where MLX's fused attention
-    is available.
+    ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 the rows of a batch are shared out to as many
+    threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers without an adapter are encoded outside
+    the function that is differentiated, where MLX's fused attention is available, and each medium only once while the
+    cache holds it.
     """
 
     def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
         self.model = model
-        self.streams = [mx.default_stream(mx.default_device())]
-        self.streams += [mx.new_stream(mx.default_device()) for _ in range(lanes - 1)]
+        self.lanes = lanes
+        self._tracing = Lock()  # tracing writes into the model
         self.layers = lora_layers(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.compiled = should_compile() if compiled is None else compiled
-        adapted = [f"{path}." for path in self.layers]
-        self.trained = {
-            kind for kind in _MEDIA if any(f"{part}." in path for path in adapted for part in module_names(kind))
+        adapted = {name for path in self.layers for name in path.split(".")}
+        self.frozen = {
+            kind: TowerCache(partial(self._features, kind), trim=not reads_padding(model.spec, kind))
+            for kind in MEDIA
+            if (tower := module_names(kind)[0]) in model.model and tower not in adapted
         }
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
         self._gradients = wrap(mx.value_and_grad(self._training_loss))
         self._evaluate = wrap(self._loss)
         self._apply = wrap(self._updated)
-        self._encode = {kind: wrap(lambda arrays, kind=kind: self._soft_tokens(kind, arrays)) for kind in _MEDIA}
 
     def prepare(self, batch: Batch) -> Prepared:
-        """``prepare`` with the padding that compiled steps need, soft tokens of frozen towers included."""
-        ready = prepare(batch, self.model.spec, SOFT_BUCKET if self.compiled else 1)
-        for kind, names in _MEDIA.items():
-            if kind not in self.trained and names[0] in ready.arrays:
-                ready.arrays[f"{kind}_soft_tokens"] = self._encode[kind](
-                    {n: ready.arrays.pop(n) for n in names if n in ready.arrays}
-                )
-        return ready
+        """``prepare`` with the padding that compiled steps need."""
+        return prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
-        grads: Weights | None = None
+        parts = split(batch, self.lanes, self.model.spec)
+        keys = [key if i == 0 else mx.random.split(key, i + 1)[i] for i in range(len(parts))]
+        if len(parts) > 1:
+            mx.eval(keys, weights, self.model.parameters())
+            done = shared(self.lanes).map(lambda part, k: self._lane(weights, part, k), parts, keys)
+        else:
+            done = [self._lane(weights, parts[0], keys[0])]
+        grads, sums = done[0]
+        for more, counted in done[1:]:
+            grads = add(grads, more)
+            sums.add(counted.loss, counted.correct, counted)
+        return grads, sums
+
+    def _lane(self, weights: Weights, part: Batch, key: mx.array) -> tuple[Weights, Sums]:
+        ready = self.prepare(part)
+        with self._tracing:
+            (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
         sums = Sums()
-        for i, (stream, part) in enumerate(self._lanes(batch)):
-            with mx.stream(stream):
-                ready = self.prepare(part)
-                lane_key = key if i == 0 else mx.random.split(key, i + 1)[i]
-                (total, correct), more = self._call(self._gradients, weights, ready.arrays, lane_key)
-            grads = more if grads is None else add(grads, more)
-            sums.add(total, correct, ready)
+        sums.add(total, correct, ready)
+        if self.lanes > 1:
+            mx.eval(grads, sums.loss, sums.correct)
         return grads, sums
 
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""
         sums = Sums()
-        for stream, part in self._lanes(batch):
-            with mx.stream(stream):
-                ready = self.prepare(part)
-                total, correct = self._call(self._evaluate, weights, ready.arrays, None)
-            sums.add(total, correct, ready)
+        ready = self.prepare(batch)
+        total, correct = self._call(self._evaluate, weights, ready.arrays, None)
+        sums.add(total, correct, ready)
         return sums
-
-    def _lanes(self, batch: Batch) -> list[tuple[Any, Batch]]:
-        parts = split(batch, len(self.streams), self.model.spec)
-        return list(zip(self.streams, parts, strict=False))
 
     def apply(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, count: int, scalars: mx.array
@@ -230,13 +239,8 @@ class Step:
     def _loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
         self.install(weights)
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
-            soft = {}
-            for kind, names in _MEDIA.items():
-                name = f"{kind}_soft_tokens"
-                if name in arrays:
-                    soft[name] = arrays[name]
-                elif names[0] in arrays:
-                    soft[name] = self._soft_tokens(kind, arrays)
+            kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
+            soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
             types = arrays.get("mm_token_type_ids")
             hidden = self.model.hidden(arrays["input_ids"], mm_token_type_ids=types, **soft)
             return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
@@ -251,7 +255,14 @@ class Step:
             self.model.train(mode)
 
     def _soft_tokens(self, kind: str, arrays: Arrays) -> mx.array:
-        return self.model.model.soft_tokens(kind, *(arrays.get(name) for name in _MEDIA[kind]))
+        features = arrays.get(f"{kind}_features")
+        if features is None:
+            return self.model.model.soft_tokens(kind, *(arrays.get(name) for name in _MEDIA[kind]))
+        return self.model.model.project(kind, features)
+
+    def _features(self, kind: str, values: np.ndarray, where: np.ndarray | None) -> mx.array:
+        index = soft_token_index(self.model.spec, kind, values if where is None else where)
+        return self.model.model.features(kind, values, where, mx.array(index))
 
     def _updated(
         self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array

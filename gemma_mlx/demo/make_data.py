@@ -21,7 +21,7 @@ COLUMNS = ("audio_path", "image_path", "question", "answer", "text")
 SEED = 2026
 
 SPEECH_SETS = {  # name: (clips, words, voices)
-    "train": (400, speech.NATO, "tune"),
+    "train": (240, speech.NATO, "tune"),
     "valid": (40, speech.NATO, "base_test"),
     "test_nato": (210, speech.NATO, "tune_test"),
     "test_everyday": (120, {w: w for w in speech.EVERYDAY}, "base_test"),

@@ -52,6 +52,11 @@ def soft_token_counts(spec: Any, kind: str, where: np.ndarray) -> np.ndarray:
     return np.asarray(where)[:, :: spec.audio.frames_per_token].sum(1)
 
 
+def reads_padding(spec: Any, kind: str) -> bool:
+    """Whether a tower's output for a medium depends on how far it is padded (Gemma 3n's convolutions look ahead)."""
+    return kind == "audio" and fixed_soft_tokens(spec, kind) is not None
+
+
 def module_names(kind: str) -> tuple[str, str]:
     """Names of a medium's tower and embedder in the model."""
     return ("audio_tower", "embed_audio") if kind == "audio" else ("vision_tower", "embed_vision")

@@ -15,7 +15,7 @@ from gemma_mlx.models.gemma4.text import TextModel, place
 from gemma_mlx.models.gemma4.unified import UnifiedVisionEmbedder
 from gemma_mlx.models.gemma4.vision import VisionTower
 from gemma_mlx.models.layers import MultimodalEmbedder
-from gemma_mlx.models.media import MEDIA, soft_token_index
+from gemma_mlx.models.media import MEDIA, module_names, soft_token_index
 from gemma_mlx.spec import ModelSpec
 
 Array = Any
@@ -75,16 +75,22 @@ class Gemma4Model(nn.Module):
             where: their positions or mask.
             index: `soft_token_index` of `where`.
         """
+        if module_names(kind)[0] in self:
+            return self.project(kind, self.features(kind, values, where, index))
         values, where = mx.array(values), mx.array(where)
-        if kind == "audio" and "audio_tower" in self:
-            return self.embed_audio(self.audio_tower(values, where, index))
         if kind == "audio":
             soft = self.embed_audio(values.astype(self.embed_audio.embedding_projection.weight.dtype))
-        elif "vision_tower" in self:
-            return self.embed_vision(self.vision_tower(values, where, index))
         else:
             soft = self.embed_vision(values, where)
         return mx.take(soft.reshape(-1, soft.shape[-1]), index, axis=0)
+
+    def features(self, kind: str, values: Array, where: Array, index: mx.array) -> mx.array:
+        """The tower's output [n, D], as `soft_tokens` before the embedder; for models with towers."""
+        return self[module_names(kind)[0]](mx.array(values), mx.array(where), index)
+
+    def project(self, kind: str, features: mx.array) -> mx.array:
+        """The embedder's output [n, H] for the tower's."""
+        return self[module_names(kind)[1]](features)
 
 
 class Gemma4(nn.Module):

@@ -68,18 +68,29 @@ class Gemma3nModel(nn.Module):
             where: the mask of features [M, F]; nothing for pixels.
             index: not needed, since nothing is dropped.
         """
+        return self.project(kind, self.features(kind, values, where))
+
+    def features(self, kind: str, values: Any, where: Any = None, index: Any = None) -> mx.array:
+        """The tower's output [n, D] before the embedder; clips [n, D + 1], the last column 1 where there is sound.
+
+        Raises:
+            InputError: a clip of more soft tokens than it has slots.
+        """
         if kind == "image":
             soft = self.vision_tower(mx.array(values))
-            soft = self.embed_vision(soft * mx.array(self.spec.vision.hidden_size**0.5, soft.dtype))
-            return soft.flatten(0, 1)
+            return (soft * mx.array(self.spec.vision.hidden_size**0.5, soft.dtype)).flatten(0, 1)
         states, valid = self.audio_tower(mx.array(values), mx.array(where))
-        clips, heard, slots = *valid.shape, self.spec.audio.tokens_each
+        heard, slots = valid.shape[1], self.spec.audio.tokens_each
         if heard > slots:
             raise InputError(f"input_features: {values.shape[1]} frames give {heard} soft tokens; a clip has {slots}")
-        padding = self.embed_audio.table()[-1]  # the last id of the vocabulary stands where there is no sound
-        soft = mx.where(valid[..., None], self.embed_audio(states), padding)
-        rest = mx.broadcast_to(padding, (clips, slots - heard, padding.shape[0]))
-        return mx.concatenate([soft, rest], axis=1).flatten(0, 1)
+        told = mx.concatenate([states, valid[..., None].astype(states.dtype)], axis=-1)
+        return mx.pad(told, [(0, 0), (0, slots - heard), (0, 0)]).flatten(0, 1)
+
+    def project(self, kind: str, features: mx.array) -> mx.array:
+        """The embedder's output [n, H]; the last id of the audio vocabulary stands where there is no sound."""
+        if kind == "image":
+            return self.embed_vision(features)
+        return mx.where(features[:, -1:] > 0, self.embed_audio(features[:, :-1]), self.embed_audio.table()[-1])
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """Token embeddings [B, T, H], ids of the vision and audio vocabularies through their embedders."""

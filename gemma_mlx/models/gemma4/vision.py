@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.lanes import pause
 from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, gelu_tanh
 
 
@@ -48,8 +49,8 @@ def soft_token_index(image_position_ids: np.ndarray | mx.array, pooling: int) ->
 def _cell_order(position_ids: mx.array, padding: mx.array, pooling: int, span: int) -> mx.array:
     """[N, P] permutation that brings the patches of each pooling cell together, cells row by row, padding last.
 
-    All other layers treat patches as a set with positions, so the tower permutes its input once and pooling becomes
-    a reshape: no gather and no scatter in the gradient. `span` exceeds every x.
+    All other layers treat patches as a set with positions, so the tower permutes them once, as soon as they are
+    embedded (fewer numbers than pixels), and pooling becomes a reshape. `span` exceeds every x.
     """
     x, y = position_ids[..., 0], position_ids[..., 1]
     cell = (y // pooling) * span + x // pooling
@@ -143,8 +144,8 @@ class VisionEncoderLayer(nn.Module):
             setattr(self, f"{name}_layernorm", RMSNorm(spec.hidden_size, spec.rms_norm_eps))
 
     def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, mask))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = pause(x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, mask)))
+        return pause(x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
 
 
 class VisionEncoder(nn.Module):
@@ -207,22 +208,23 @@ class VisionTower(BufferModule):
 
         Pure array operations of shapes known beforehand: can be traced, compiled and differentiated.
         """
-        pixels, positions = self._ordered(pixel_values, image_position_ids.astype(mx.int32))
+        positions = image_position_ids.astype(mx.int32)
+        x = self.patch_embedder(pixel_values, positions, (positions == -1).all(axis=-1))
+        x, positions = self._ordered(x, positions)
         padding = (positions == -1).all(axis=-1)
-        x = self.patch_embedder(pixels, positions, padding)
         # A large finite number: with −inf a picture of padding only would give NaN, also in gradients.
         mask = mx.where(padding, mx.finfo(x.dtype).min / 2, 0).astype(x.dtype)[:, None, None, :]
         rope = axial_rope(positions, self.head_dim, self.theta, x.dtype)
         return self._pool(self.encoder(x, rope, mask))
 
-    def _ordered(self, pixels: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Patches in the order of pooling cells, filled up to whole cells with padding."""
-        fill = -pixels.shape[1] % self.pooling**2
+    def _ordered(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Embedded patches in the order of pooling cells, filled up to whole cells with padding."""
+        fill = -x.shape[1] % self.pooling**2
         if fill:
-            pixels = mx.pad(pixels, [(0, 0), (0, fill), (0, 0)])
+            x = mx.pad(x, [(0, 0), (0, fill), (0, 0)])
             positions = mx.pad(positions, [(0, 0), (0, fill), (0, 0)], constant_values=-1)
         order = _cell_order(positions, (positions == -1).all(axis=-1), self.pooling, self.span)[..., None]
-        return mx.take_along_axis(pixels, order, axis=1), mx.take_along_axis(positions, order, axis=1)
+        return mx.take_along_axis(x, order, axis=1), mx.take_along_axis(positions, order, axis=1)
 
     def _pool(self, x: mx.array) -> mx.array:
         """Mean over each cell, times sqrt(hidden_size), standardised where the checkpoint says so; float32 inside."""
