@@ -5,6 +5,7 @@ Only headers are read; nothing is unpacked, and no weight is touched unless aske
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, read_header
 from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
+from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -94,6 +96,9 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     if packed := quantized_paths(loaded):
         forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
         found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))
+    for table, stored in tables_on_disk(loaded).items():
+        name = table.rpartition(".")[2]
+        found.facts.append(f"{name}: {size_text(stored.nbytes)} that stays on disk, read row by row")
     found.facts.append(_tokenizer_fact(path, spec))
     found.parts = _parts(loaded)
     _trainable(loaded, rank, found)
@@ -184,6 +189,10 @@ def _parts(model: Any) -> dict[str, Part]:
         for bits in part.packed:
             packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
             part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
+    for path, table in tables_on_disk(model).items():
+        part = parts[part_of(path)]
+        part.tensors, part.weights, part.bytes = part.tensors + 1, part.weights + math.prod(table.shape), table.nbytes
+        part.packed = {bits: size + table.nbytes for bits, size in part.packed.items()}
     return {name: part for name, part in parts.items() if part.tensors}
 
 
