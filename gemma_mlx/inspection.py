@@ -19,7 +19,7 @@ from gemma_mlx.gguf_file import is_gguf, open_gguf
 from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
-from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, read_header
+from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
 from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
 from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
@@ -103,7 +103,7 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     found.parts = _parts(loaded)
     _trainable(loaded, rank, found)
     if read_weights and not found.problems:
-        found.problems += _not_finite(load_model(path, dtype) if is_gguf(path) else loaded)
+        found.problems += not_finite(load_model(path, dtype) if is_gguf(path) else loaded, tables=True)
     return found
 
 
@@ -225,18 +225,6 @@ def _linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
 
     modules = dict(model.named_modules())
     return {path: linear_shape(modules[path]) for path in linear_paths(model)}
-
-
-def _not_finite(model: Any) -> list[str]:
-    """A line for each tensor that holds NaN or infinity; clip bounds may be infinite."""
-    problems = []
-    for name, array in tree_flatten(model.parameters()):
-        if not mx.issubdtype(array.dtype, mx.floating):
-            continue
-        bad = mx.isnan(array) if name.endswith(("_min", "_max")) else ~mx.isfinite(array)
-        if count := int(bad.sum().item()):
-            problems.append(f"{name}: {count} of {array.size} values are not finite; download the checkpoint again")
-    return problems
 
 
 def size_text(size: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
@@ -253,6 +254,37 @@ def load_model(
         del weights  # they would keep every float weight that is packed now
         quantize_model(model, quantize)
     return model
+
+
+def not_finite(model: Any, tables: bool = False) -> list[str]:
+    """A line for each tensor that holds NaN or infinity (clip bounds may be infinite). Reads all weights.
+
+    `tables`: read those that are left on disk too.
+    """
+    problems = []
+    for name, array in tree_flatten(model.parameters()):
+        if not mx.issubdtype(array.dtype, mx.floating):
+            continue
+        bad = mx.isnan(array) if name.endswith(("_min", "_max")) else ~mx.isfinite(array)
+        if count := int(bad.sum().item()):
+            problems.append(_bad_line(name, count, array.size))
+    for path, table in tables_on_disk(model).items() if tables else ():
+        rows, width = table.shape
+        pieces = (np.arange(i, min(i + 4096, rows)) for i in range(0, rows, 4096))
+        if count := sum(int((~mx.isfinite(table(ids))).sum().item()) for ids in pieces):
+            problems.append(_bad_line(f"{path}.weight", count, rows * width))
+    return problems
+
+
+def _bad_line(name: str, count: int, size: int) -> str:
+    return f"{name}: {count} of {size} values are not finite; download the checkpoint again"
+
+
+def check_finite(model: Any, where: str | Path) -> None:
+    """Raise InputError where a weight of the checkpoint `where` is not a number: all answers would be none."""
+    if problems := not_finite(model):
+        more = f" ({len(problems) - 1} more tensors too)" if len(problems) > 1 else ""
+        raise InputError(f"{where}: {problems[0]}{more}")
 
 
 def _shards(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:

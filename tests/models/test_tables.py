@@ -1,10 +1,13 @@
 """Per-layer tables left on disk give the same numbers as in memory."""
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 import tiny_gemma3n as gemma3n
+from damage import change_tensor, with_nan
 from mlx.utils import tree_flatten
 
 from gemma_mlx.data.batches import collate
@@ -12,7 +15,7 @@ from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.inspection import examine
 from gemma_mlx.lora import apply_lora, lora_parameters
-from gemma_mlx.models.load import load_model, read_header, save_model
+from gemma_mlx.models.load import load_model, not_finite, read_header, save_model
 from gemma_mlx.models.quantize import quantize_model
 from gemma_mlx.models.tables import TABLE, DiskTable, tables_on_disk
 from gemma_mlx.step import Step, can_compile
@@ -118,3 +121,14 @@ def test_doctor_says_so(family, monkeypatch):
     assert any("stays on disk" in fact for fact in found.facts)
     table = tables_on_disk(load_model(folder, disk_bytes=0)).popitem()[1]
     assert found.parts["per-layer embeddings"].weights == table.shape[0] * table.shape[1]
+
+
+def test_a_value_that_is_no_number_is_found(family, tmp_path):
+    _, folder = family
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    name = f"model.language_model.{TABLE}.weight"
+    change_tensor(name, with_nan)(broken)
+    model = load_model(broken, disk_bytes=0)
+    assert not_finite(model) == []  # training does not read it whole
+    (line,) = not_finite(model, tables=True)
+    assert line.startswith(f"{name}: 1 of ")
