@@ -100,7 +100,7 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
         name = table.rpartition(".")[2]
         found.facts.append(f"{name}: {size_text(stored.nbytes)} that stays on disk, read row by row")
     found.facts.append(_tokenizer_fact(path, spec))
-    found.parts = _parts(loaded)
+    found.parts = parts_of_model(loaded)
     _trainable(loaded, rank, found)
     if read_weights and not found.problems:
         found.problems += not_finite(load_model(path, dtype) if is_gguf(path) else loaded, tables=True)
@@ -172,7 +172,8 @@ def _tokenizer_fact(path: Path, spec: ModelSpec) -> str:
     return f"tokenizer: there, {'with' if own else 'without'} a chat template; answers end at {ends}"
 
 
-def _parts(model: Any) -> dict[str, Part]:
+def parts_of_model(model: Any) -> dict[str, Part]:
+    """The parts that a model has, by name: their tensors, weights and bytes."""
     parts = {name: Part() for name in [*PARTS.values(), REST]}
     modules = dict(model.named_modules())
     per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}

@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from gemma_mlx.catalog import CHECKPOINTS
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gemma4.text import place
 from gemma_mlx.models.load import load_model
 from gemma_mlx.models.names import to_torch_axes
 from gemma_mlx.models.tables import tables_on_disk
-from gemma_mlx.spec import FULL, SLIDING, read_spec
+from gemma_mlx.spec import read_spec
 
-TEXT = dict(
-    num_hidden_layers=35, hidden_size=1536, intermediate_size=6144, num_kv_shared_layers=20, num_key_value_heads=1,
-    use_double_wide_mlp=True, layer_types=[FULL if (i + 1) % 5 == 0 else SLIDING for i in range(35)],
-)  # fmt: skip
 LAYERS, TOKENS = 3, 64
 
 
@@ -48,12 +45,8 @@ def write_random(path, shapes, seed=0):
 @pytest.fixture(scope="module")
 def e2b(tmp_path_factory):
     """(folder, bytes of the weights)."""
-    from transformers import Gemma4Config
-
     folder = tmp_path_factory.mktemp("e2b")
-    config = Gemma4Config(text_config=TEXT, vision_config=dict(use_clipped_linears=True), audio_config={})
-    config = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(CHECKPOINTS["gemma-4-E2B"]))
     shapes = {}
     for path, array in tree_flatten(build(read_spec(folder)).parameters()):
         axes = to_torch_axes(path, array.ndim)
