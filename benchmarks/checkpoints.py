@@ -37,7 +37,8 @@ def row(name: str, config: dict) -> list[str]:
 
 def table() -> str:
     """All of them, as Markdown."""
-    heads = ["checkpoint", "reads", "parameters, 10⁹", *(f"{c}, 10⁶" for c in COLUMNS), "GB in bf16", "8 bits", "4 bits"]
+    counts = ("parameters, 10⁹", *(f"{c}, 10⁶" for c in COLUMNS))
+    heads = ["checkpoint", "reads", *counts, "GB in bf16", "8 bits", "4 bits"]
     lines = [heads, ["---"] * len(heads), *(row(name, config) for name, config in CHECKPOINTS.items())]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
