@@ -49,8 +49,8 @@ def soft_token_index(image_position_ids: np.ndarray | mx.array, pooling: int) ->
 def _cell_order(position_ids: mx.array, padding: mx.array, pooling: int, span: int) -> mx.array:
     """[N, P] permutation that brings the patches of each pooling cell together, cells row by row, padding last.
 
-    All other layers treat patches as a set with positions, so the tower permutes them once, as soon as they are embedded
-    (fewer numbers than pixels), and pooling becomes a reshape. `span` exceeds every x.
+    All other layers treat patches as a set with positions, so the tower permutes them once, as soon as they are
+    embedded (fewer numbers than pixels), and pooling becomes a reshape. `span` exceeds every x.
     """
     x, y = position_ids[..., 0], position_ids[..., 1]
     cell = (y // pooling) * span + x // pooling
