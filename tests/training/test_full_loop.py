@@ -249,6 +249,16 @@ def test_bad_choices_are_one_line_before_anything_is_written(checkpoint_folder, 
     assert not (tmp_path / "run").exists()
 
 
+def test_flag_yaml_and_keyword_are_one_option(tmp_path):
+    from gemma_mlx.config import configure
+    from gemma_mlx.train import parse
+
+    (tmp_path / "c.yaml").write_text("targets: none\nfull: [embed_audio, layers.3.mlp]\n")
+    flags = ["--targets", "none", "--full", "embed_audio,layers.3.mlp"]
+    configs = [configure(*parse(words)) for words in (flags, ["--config", str(tmp_path / "c.yaml")])]
+    assert configs[0] == configs[1] == configure({"targets": "none", "full": "embed_audio,layers.3.mlp"})
+
+
 def test_beside_a_quantized_decoder(checkpoint_folder, rows, batches, tmp_path):
     """Towers and norms stay float and can train; the decoder's matrices have adapters."""
     run = finetune(
