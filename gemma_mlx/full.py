@@ -26,10 +26,7 @@ from gemma_mlx.models.gemma4.experts import Experts
 Weights = dict[str, mx.array]
 
 PER_LAYER_TABLE = "embed_tokens_per_layer"
-_BYTES_A_WEIGHT = 16
-"""Float32 weight, gradient and AdamW's two moments."""
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+"""It never trains, and need not be in memory."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,17 @@ def tensor_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(module.get(name), mx.array))
 
 
+def _is_table(path: str) -> bool:
+    return path.rpartition(".")[2] == PER_LAYER_TABLE
+
+
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module with such arrays, or with an adapter, in natural order."""
+    """Path -> module with such arrays, or that would have but for an adapter or its size, in natural order."""
     adapters = tuple(f"{path}." for path in lora_layers(model))
     found = {
         path: module
         for path, module in model.named_modules()
-        if (isinstance(module, LoRALinear) or tensor_names(module)) and not path.startswith(adapters)
+        if (isinstance(module, LoRALinear) or tensor_names(module) or _is_table(path)) and not path.startswith(adapters)
     }
     return {path: found[path] for path in sorted(found, key=_natural)}
 
@@ -72,13 +73,14 @@ def _chooses(name: str, path: str, module: nn.Module) -> bool:
     Embedding tables must be named themselves: they are large, and a decoder's is its head as well.
     """
     parts, wanted = path.split("."), name.split(".")
+    by_name = isinstance(module, nn.Embedding | nn.QuantizedEmbedding) or _is_table(path)
     if wanted[0] == "all" or wanted[0] in GROUPS:
         if wanted[0] not in ("all", _group_of(parts) or "decoder"):  # outside of the other groups all is decoder
             return False
         if len(wanted) == 1:
-            return not isinstance(module, _EMBEDDINGS)
+            return not by_name
         wanted = wanted[1:]
-    if isinstance(module, _EMBEDDINGS):
+    if by_name:
         return _ends_with(parts, wanted)
     return any(_ends_with(parts[:i], wanted) for i in range(len(wanted), len(parts) + 1))
 
@@ -93,15 +95,14 @@ def _unknown(name: str, paths: Iterable[str]) -> InputError:
 def _refuse(path: str, module: nn.Module, where: str) -> None:
     if isinstance(module, LoRALinear):
         raise InputError(f"{where}: {path} has an adapter; name it in targets or in full, not in both")
-    if isinstance(module, _QUANTIZED):
+    if _is_table(path):
+        raise InputError(
+            f"{where}: {path} cannot train: a step touches a few of its rows, and AdamW would hold 16 bytes for every "
+            "weight (38 GB for E2B); leave it out"
+        )
+    if not all(mx.issubdtype(module[name].dtype, mx.floating) for name in tensor_names(module)):
         raise InputError(
             f"{where}: {path} is quantized, and packed weights cannot train; leave it out, or load the base unquantized"
-        )
-    if path.rpartition(".")[2] == PER_LAYER_TABLE:
-        size = module.weight.size
-        raise InputError(
-            f"{where}: {path} cannot train: a step touches a few rows of its {size:,} weights, and AdamW would hold "
-            f"{_BYTES_A_WEIGHT * size / 1e9:.2g} GB for all of them; leave it out"
         )
 
 

@@ -217,7 +217,7 @@ def _trainable(model: Any, rank: int, found: Findings) -> None:
         sizes = (modules[path][leaf].size for path in paths for leaf in tensor_names(modules[path]))
         found.full[group] = len(paths), sum(sizes)
     whole = {f"{path}.{leaf}" for path, module in modules.items() for leaf in tensor_names(module)}
-    whole = {name for name in whole if PER_LAYER_TABLE not in name}
+    whole = {name for name in whole if PER_LAYER_TABLE not in name}  # which never trains
     inside = tuple(f"{path}." for path in shapes)
     leaves = {n for n, _ in tree_flatten(model.parameters()) if n not in whole and not n.startswith(inside)}
     found.frozen = sorted({".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rsplit(".", 1)[-1]

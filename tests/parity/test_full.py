@@ -116,7 +116,7 @@ def test_ten_steps(name, choice, folders, record):
 @pytest.mark.parametrize("names,words", [
     ("q_proj,embed_audio", "has an adapter; name it in targets or in full"),
     ("decoder", "q_proj has an adapter"),
-    ("embed_tokens_per_layer", r"cannot train: a step touches a few rows of its 40,960 weights"),
+    ("embed_tokens_per_layer", "cannot train: a step touches a few of its rows"),
     ("layer_scalar", "'layer_scalar' names no module"),
     ("position_embedding_table", "names no module"),
     ("embed_audoi", "did you mean embed_audio"),
