@@ -5,6 +5,7 @@ Only headers are read; nothing is unpacked, and no weight is touched unless aske
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from gemma_mlx.gguf_file import is_gguf, open_gguf
 from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
-from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, read_header
+from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
 from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
+from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -97,11 +99,14 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     if packed := quantized_paths(loaded):
         forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
         found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))
+    for table, stored in tables_on_disk(loaded).items():
+        name = table.rpartition(".")[2]
+        found.facts.append(f"{name}: {size_text(stored.nbytes)} that stays on disk, read row by row")
     found.facts.append(_tokenizer_fact(path, spec))
-    found.parts = _parts(loaded)
+    found.parts = parts_of_model(loaded)
     _trainable(loaded, rank, found)
     if read_weights and not found.problems:
-        found.problems += _not_finite(load_model(path, dtype) if is_gguf(path) else loaded)
+        found.problems += not_finite(load_model(path, dtype) if is_gguf(path) else loaded, tables=True)
     return found
 
 
@@ -170,7 +175,8 @@ def _tokenizer_fact(path: Path, spec: ModelSpec) -> str:
     return f"tokenizer: there, {'with' if own else 'without'} a chat template; answers end at {ends}"
 
 
-def _parts(model: Any) -> dict[str, Part]:
+def parts_of_model(model: Any) -> dict[str, Part]:
+    """The parts that a model has, by name: their tensors, weights and bytes."""
     parts = {name: Part() for name in [*PARTS.values(), REST]}
     modules = dict(model.named_modules())
     per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}
@@ -187,6 +193,10 @@ def _parts(model: Any) -> dict[str, Part]:
         for bits in part.packed:
             packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
             part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
+    for path, table in tables_on_disk(model).items():
+        part = parts[part_of(path)]
+        part.tensors, part.weights, part.bytes = part.tensors + 1, part.weights + math.prod(table.shape), table.nbytes
+        part.packed = {bits: size + table.nbytes for bits, size in part.packed.items()}
     return {name: part for name, part in parts.items() if part.tensors}
 
 
@@ -229,18 +239,6 @@ def _linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
 
     modules = dict(model.named_modules())
     return {path: linear_shape(modules[path]) for path in linear_paths(model)}
-
-
-def _not_finite(model: Any) -> list[str]:
-    """A line for each tensor that holds NaN or infinity; clip bounds may be infinite."""
-    problems = []
-    for name, array in tree_flatten(model.parameters()):
-        if not mx.issubdtype(array.dtype, mx.floating):
-            continue
-        bad = mx.isnan(array) if name.endswith(("_min", "_max")) else ~mx.isfinite(array)
-        if count := int(bad.sum().item()):
-            problems.append(f"{name}: {count} of {array.size} values are not finite; download the checkpoint again")
-    return problems
 
 
 def size_text(size: int) -> str:

@@ -29,7 +29,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.files import flush, write_whole
 from gemma_mlx.full import refuse_trained, train_fully, trained_parameters
 from gemma_mlx.lora import apply_lora, freeze_base, save_adapter
-from gemma_mlx.models.load import load_model, resolve
+from gemma_mlx.models.load import check_finite, load_model, resolve
 from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
 from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
@@ -125,6 +125,7 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
+    check_finite(model, config.model)
     trained = make_trainable(model, config)
     job = Job(config, folder, model, processor, rows, valid, say)
     say.say(

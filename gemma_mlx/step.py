@@ -25,6 +25,7 @@ from gemma_mlx.lanes import shared
 from gemma_mlx.lora import dropout_keys, lora_layers
 from gemma_mlx.loss import label_positions, loss_sum
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
+from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
 from gemma_mlx.tower_cache import TowerCache
 
@@ -169,6 +170,7 @@ class Step:
         self.places = trained_places(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
+        self.tables = tables_on_disk(model)
         self.compiled = should_compile() if compiled is None else compiled
         trained = {part for name in self.places for part in name.split(".")}
         self.frozen = {
@@ -182,8 +184,11 @@ class Step:
         self._apply = wrap(self._updated)
 
     def prepare(self, batch: Batch) -> Prepared:
-        """``prepare`` with the padding that compiled steps need."""
-        return prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
+        """``prepare`` with the padding that compiled steps need, and the rows of a table on disk."""
+        ready = prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
+        if self.tables:
+            ready.arrays["per_layer_rows"] = self.model.per_layer_rows(batch.input_ids)
+        return ready
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
@@ -242,8 +247,8 @@ class Step:
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
-            types = arrays.get("mm_token_type_ids")
-            hidden = self.model.hidden(arrays["input_ids"], mm_token_type_ids=types, **soft)
+            given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
+            hidden = self.model.hidden(arrays["input_ids"], **given, **soft)
             return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
 
     def _training_loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:

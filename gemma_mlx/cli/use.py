@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.lora import remembered_options
-from gemma_mlx.models.load import load
+from gemma_mlx.models.load import check_finite, load
 
 
 def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[str, Any]]:
@@ -25,6 +25,7 @@ def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[s
             options[name] = value
     names = ("model", "adapter", "dtype", "allow_unexpected", "audio_window", "quantize")
     model, processor = load(**{name: options.pop(name) for name in names})
+    check_finite(model, processor.folder)
     names = ("image_tokens", "long_audio")
     processor = Processor(processor.folder, processor.spec, **{name: options.pop(name) for name in names})
     reading = {"media_roots": options.pop("media_root", ()), "columns": options.pop("columns", {})}

@@ -27,9 +27,9 @@ SPEECH_SETS = {  # name: (clips, words, voices)
     "test_everyday": (120, {w: w for w in speech.EVERYDAY}, "base_test"),
 }
 DIGIT_SETS = {  # name: (pictures of each digit, from row, to row of scikit-learn's 1797); other rows, other writers
-    "train": (90, 0, 1000),
-    "valid": (4, 1000, 1150),
-    "test_digits": (22, 1150, 1797),
+    "train": (112, 0, 1200),
+    "valid": (4, 1200, 1300),
+    "test_digits": (22, 1300, 1797),
 }
 GREYS = 3  # training pictures of each digit that are plain grey: nothing to see, so any digit is as good an answer
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
@@ -19,7 +20,8 @@ from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.models.families import build, float_dtype
 from gemma_mlx.models.gguf import gguf_weights
 from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
-from gemma_mlx.models.quantize import expect_packed, quantize_model, quantized_paths
+from gemma_mlx.models.quantize import expect_packed, packing, put_module, quantize_model, quantized_paths
+from gemma_mlx.models.tables import DISK_BYTES, TABLE, DiskTable, tables_on_disk
 from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     file: Path
+    dtype: str
+    """safetensors' name of it: "BF16"."""
+    offset: int
+    """Of its first byte in the file."""
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -72,7 +78,7 @@ def read_header(path: Path) -> list[StoredTensor]:
             raise InputError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
         if stop - start != item * math.prod(shape):
             raise InputError(f"{path}: {name} {list(shape)} takes {stop - start} bytes; the header is corrupt")
-        tensors.append(StoredTensor(name, shape, path))
+        tensors.append(StoredTensor(name, shape, path, entry["dtype"], 8 + length + start))
         end = max(end, stop)
     if size != 8 + length + end:
         raise InputError(f"{path}: {size} bytes, but its header promises {8 + length + end}; download it again")
@@ -169,10 +175,26 @@ def chosen_dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _weights(folder: Path, model: Any, dtype: mx.Dtype, allow_unexpected: bool) -> list[tuple[str, mx.array]]:
+def _leave_on_disk(
+    model: Any, matched: dict[str, tuple[StoredTensor, Any]], dtype: mx.Dtype, disk_bytes: int
+) -> None:
+    """Put a `DiskTable` in the place of a per-layer table of so many bytes, and take its tensors off the list."""
+    for path in {path.rpartition(".")[0] for path in matched if TABLE in path.split(".")}:
+        stored = {name.removeprefix(f"{path}."): t for name, (t, _) in matched.items() if name.startswith(f"{path}.")}
+        table = DiskTable(stored, dtype, **packing(model, path))
+        if table.nbytes >= disk_bytes:
+            put_module(model, path, table)
+            for name in stored:
+                del matched[f"{path}.{name}"]
+
+
+def _weights(
+    folder: Path, model: Any, dtype: mx.Dtype, allow_unexpected: bool, disk_bytes: int
+) -> list[tuple[str, mx.array]]:
     """(module path, lazy weight) of every parameter, from safetensors."""
     matched = _match(folder, model, allow_unexpected)
-    files = {t.file: mx.load(str(t.file)) for t, _ in matched.values()}
+    _leave_on_disk(model, matched, dtype, disk_bytes)
+    files = {file: mx.load(str(file)) for file in {t.file for t, _ in matched.values()}}
     weights = []
     for path, (tensor, axes) in matched.items():
         array = files[tensor.file][tensor.name]
@@ -189,6 +211,7 @@ def load_model(
     audio_window: int = 12,
     vision_runs: str = "sliding",
     quantize: int | None = None,
+    disk_bytes: int | None = None,
 ) -> Any:
     """The model of a checkpoint folder, all weights frozen and none read yet (MLX reads them at first use).
 
@@ -204,6 +227,8 @@ def load_model(
             5.23 does in the forward of ``Gemma4Unified``, the 12B, though not with a static cache).
         quantize: 4, 6 or 8 bits for the decoder's matrices, which are then read and packed here, one by one; None for
             what the files hold, be it quantized or not.
+        disk_bytes: a table of per-layer embeddings at least this large stays in its file; the rows of a batch are read
+            from there. The values are the same. None: 256 MiB.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, misshapen or unexpected; it is named.
@@ -222,13 +247,44 @@ def load_model(
         wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
         weights = gguf_weights(folder, wanted, target, allow_unexpected)
     else:
-        weights = _weights(folder, model, target, allow_unexpected)
+        weights = _weights(folder, model, target, allow_unexpected, DISK_BYTES if disk_bytes is None else disk_bytes)
     model.load_weights(weights)
     model.freeze()
     if quantize is not None:
         del weights  # they would keep every float weight that is packed now
         quantize_model(model, quantize)
     return model
+
+
+def not_finite(model: Any, tables: bool = False) -> list[str]:
+    """A line for each tensor that holds NaN or infinity (clip bounds may be infinite). Reads all weights.
+
+    `tables`: read those that are left on disk too.
+    """
+    problems = []
+    for name, array in tree_flatten(model.parameters()):
+        if not mx.issubdtype(array.dtype, mx.floating):
+            continue
+        bad = mx.isnan(array) if name.endswith(("_min", "_max")) else ~mx.isfinite(array)
+        if count := int(bad.sum().item()):
+            problems.append(_bad_line(name, count, array.size))
+    for path, table in tables_on_disk(model).items() if tables else ():
+        rows, width = table.shape
+        pieces = (np.arange(i, min(i + 4096, rows)) for i in range(0, rows, 4096))
+        if count := sum(int((~mx.isfinite(table(ids))).sum().item()) for ids in pieces):
+            problems.append(_bad_line(f"{path}.weight", count, rows * width))
+    return problems
+
+
+def _bad_line(name: str, count: int, size: int) -> str:
+    return f"{name}: {count} of {size} values are not finite; download the checkpoint again"
+
+
+def check_finite(model: Any, where: str | Path) -> None:
+    """Raise InputError where a weight of the checkpoint `where` is not a number: all answers would be none."""
+    if problems := not_finite(model):
+        more = f" ({len(problems) - 1} more tensors too)" if len(problems) > 1 else ""
+        raise InputError(f"{where}: {problems[0]}{more}")
 
 
 def _shards(tensors: dict[str, mx.array]) -> list[dict[str, mx.array]]:
@@ -252,10 +308,11 @@ def save_model(model: Any, folder: str | Path) -> None:
         InputError: the model holds an adapter (weights that a checkpoint has no names for), or is quantized.
     """
     folder = Path(folder)
-    if packed := quantized_paths(model):
+    if packed := [*quantized_paths(model), *(path for path, t in tables_on_disk(model).items() if t.packed)]:
         raise InputError(f"{folder}: {len(packed)} matrices are quantized; load the base without quantizing to save it")
     own = {name for name, _ in tree_flatten(build(model.spec).parameters())}
     params = dict(tree_flatten(model.parameters()))
+    params |= {f"{path}.weight": table.whole() for path, table in tables_on_disk(model).items()}
     if extra := sorted(set(params) ^ own):
         raise InputError(f"{folder}: not weights of a checkpoint: {_some(extra)}; merge the adapter first")
     folder.mkdir(parents=True, exist_ok=True)

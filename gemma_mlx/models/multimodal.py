@@ -16,25 +16,11 @@ from gemma_mlx.models.gemma4.unified import UnifiedVisionEmbedder
 from gemma_mlx.models.gemma4.vision import VisionTower
 from gemma_mlx.models.layers import MultimodalEmbedder
 from gemma_mlx.models.media import MEDIA, module_names, soft_token_index
+from gemma_mlx.models.padding import host, known_valid
 from gemma_mlx.spec import ModelSpec
 
 Array = Any
 """A numpy or MLX array."""
-
-
-def _host(array: Array | None) -> np.ndarray | None:
-    """The array as numpy; None where it is None or being traced, so that its values are not known."""
-    if array is None or isinstance(array, np.ndarray):
-        return array
-    try:
-        return np.array(array)
-    except (ValueError, RuntimeError):  # inside mx.compile nothing may be evaluated
-        return None
-
-
-def _is_right_padded(mask: np.ndarray) -> bool:
-    """Whether every row of a 0/1 mask [B, T] is ones, then zeros."""
-    return bool((np.diff(mask.astype(np.int8), axis=1) <= 0).all())
 
 
 def splice(embeddings: mx.array, slots: mx.array, soft_tokens: mx.array) -> mx.array:
@@ -160,6 +146,7 @@ class Gemma4(nn.Module):
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
         video_soft_tokens: mx.array | None = None,
+        per_layer_rows: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """(embeddings [B, T, H] with the soft tokens spliced in, per-layer inputs [B, T, layers, width] or None).
 
@@ -172,16 +159,23 @@ class Gemma4(nn.Module):
             spec.audio_token_id: ("audio", audio_soft_tokens),
             spec.video_token_id: ("video", video_soft_tokens),
         }
-        self._check_ids(_host(input_ids), soft)
-        ids = mx.array(input_ids)
-        slots = {token_id: ids == token_id for token_id in soft}
-        is_slot = slots[spec.image_token_id] | slots[spec.audio_token_id] | slots[spec.video_token_id]
-        ids = mx.where(is_slot, mx.array(spec.text.pad_token_id, ids.dtype), ids)
+        self._check_ids(host(input_ids), soft)
+        ids = self._without_slots(mx.array(input_ids))
         embeddings = text.embed(ids)
         for token_id, (_, tokens) in soft.items():
             if tokens is not None and tokens.shape[0]:
-                embeddings = splice(embeddings, slots[token_id], tokens)
-        return embeddings, text.per_layer_inputs(ids, embeddings)
+                embeddings = splice(embeddings, mx.array(input_ids) == token_id, tokens)
+        return embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows)
+
+    def _without_slots(self, ids: mx.array) -> mx.array:
+        """The ids with the pad id at soft slots."""
+        spec = self.spec
+        is_slot = (ids == spec.image_token_id) | (ids == spec.audio_token_id) | (ids == spec.video_token_id)
+        return mx.where(is_slot, mx.array(spec.text.pad_token_id, ids.dtype), ids)
+
+    def per_layer_rows(self, input_ids: Array) -> mx.array:
+        """Rows [B, T, layers · width] of the per-layer table for `hidden`, read here where it lies on disk."""
+        return self.model.language_model.embed_tokens_per_layer(self._without_slots(mx.array(input_ids)))
 
     def hidden(
         self,
@@ -191,6 +185,7 @@ class Gemma4(nn.Module):
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
         video_soft_tokens: mx.array | None = None,
+        per_layer_rows: mx.array | None = None,
         cache: Cache | None = None,
         **media: Array,
     ) -> mx.array:
@@ -199,7 +194,8 @@ class Gemma4(nn.Module):
         Right padding needs no attention_mask without a cache: causality hides it from every token. What comes out at
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
         padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
-        keys stay hidden.
+        keys stay hidden. per_layer_rows: those of `per_layer_rows`, needed only where this call is traced and the table
+        lies on disk.
 
         Raises:
             InputError: the number of slots differs from the number of soft tokens, or media without a tower.
@@ -210,8 +206,9 @@ class Gemma4(nn.Module):
             encoded.get("image_soft_tokens", image_soft_tokens),
             encoded.get("audio_soft_tokens", audio_soft_tokens),
             encoded.get("video_soft_tokens", video_soft_tokens),
+            per_layer_rows,
         )
-        valid = self._valid(attention_mask, input_ids.shape, cache)
+        valid = known_valid(attention_mask, input_ids.shape, cache)
         types = self._vision_types(mm_token_type_ids, input_ids.shape[1])
         where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, types)
         return self.model.language_model(embeddings, per_layer, where, cache)
@@ -220,20 +217,10 @@ class Gemma4(nn.Module):
         """Token types of the last `length` tokens, or None where they change nothing."""
         if mm_token_type_ids is None or not self.spec.text.bidirectional_vision:
             return None
-        known = _host(mm_token_type_ids)
+        known = host(mm_token_type_ids)
         if known is not None and not np.isin(known[:, -length:], (1, 2)).any():
             return None
         return mx.array(mm_token_type_ids)[:, -length:].astype(mx.int32)
-
-    def _valid(self, attention_mask: Array | None, shape: tuple[int, int], cache: Cache | None) -> mx.array | None:
-        """bool [B, seen + T] of keys that may be seen, or None where causality hides all padding by itself."""
-        mask = _host(attention_mask)
-        if cache is not None:
-            valid = cache.extend_valid(mask, *shape)
-            return None if valid is None else mx.array(valid)
-        if attention_mask is None or (mask is not None and _is_right_padded(mask)):
-            return None
-        return mx.array(attention_mask).astype(mx.bool_)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., H] -> float32 logits [..., V], softly capped."""

@@ -57,7 +57,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
     node: Any = model
     *way, last = path.split(".")
     for part in way:
@@ -72,6 +73,12 @@ def quantized_paths(model: nn.Module) -> dict[str, Packed]:
     """Path -> form of every quantized matrix of a model."""
     found = {path: m for path, m in _modules(model).items() if isinstance(m, _QUANTIZED)}
     return {path: Packed(m.bits, m.group_size) for path, m in found.items()}
+
+
+def packing(model: nn.Module, path: str) -> dict[str, int]:
+    """`group_size` and `bits` of the module at a path, as keywords; none where it is not quantized."""
+    form = quantized_paths(model).get(path)
+    return {} if form is None else {"group_size": form.group_size, "bits": form.bits}
 
 
 def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> list[str]:
@@ -100,7 +107,7 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
         group = GROUP if module.weight.shape[1] % GROUP == 0 else 32
         packed = module.to_quantized(group_size=group, bits=bits)
         mx.eval(packed.parameters())
-        _put(model, path, packed)
+        put_module(model, path, packed)
         done.append(path)
     model.freeze()
     return done
@@ -140,7 +147,7 @@ def expect_packed(
             )
         kind = nn.QuantizedEmbedding if isinstance(module, nn.Embedding) else nn.QuantizedLinear
         extra = {} if kind is nn.QuantizedEmbedding else {"bias": "bias" in module}
-        _put(model, path, kind(*_sizes(kind, out, inner), group_size=form.group_size, bits=form.bits, **extra))
+        put_module(model, path, kind(*_sizes(kind, out, inner), group_size=form.group_size, bits=form.bits, **extra))
         count += 1
     return count
 
@@ -170,7 +177,7 @@ def dequantize_model(model: nn.Module, dtype: mx.Dtype = mx.float32) -> list[str
         plain.weight = weight.astype(dtype)
         if "bias" in module:
             plain.bias = module.bias.astype(dtype)
-        _put(model, path, plain)
+        put_module(model, path, plain)
         done.append(path)
     model.freeze()
     return done

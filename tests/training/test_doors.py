@@ -1,6 +1,7 @@
 """Bad input through the command line: exit code 2, one line, nothing written."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
+from damage import DAMAGE
 
 from gemma_mlx.cli import door
 from gemma_mlx.errors import InputError
@@ -26,12 +28,14 @@ def run(arguments, module="gemma_mlx.train"):
     )
 
 
-def entered(arguments, capsys):
+def entered(arguments, capsys, verb="train"):
     """(exit code, stderr) of the door in this process, which saves the imports."""
+    from gemma_mlx.__main__ import verbs
     from gemma_mlx.train import command
 
     capsys.readouterr()
-    code = door.enter(command, [str(a) for a in arguments], "train")
+    arguments = [str(a) for a in arguments]
+    code = door.enter(command, arguments, verb) if verb == "train" else door.enter(verbs, [verb, *arguments], verb)
     return code, capsys.readouterr().err
 
 
@@ -55,6 +59,18 @@ BAD_OPTIONS = [
     (["--patience", "3"], "patience"),
     (["--demo", "--steps", "3"], "only --out can be given"),
 ]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("verb", ["train", "generate", "evaluate"])
+def test_a_broken_checkpoint(case, verb, checkpoint_folder, rows, tmp_path, capsys):
+    damage, words = DAMAGE[case]
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "broken")
+    damage(folder)
+    data = ["--data", rows / "media.csv", "--out", tmp_path / "run"]
+    code, told = entered(["--model", folder, *(["--prompt", "hello"] if verb == "generate" else data)], capsys, verb)
+    assert code == 2 and told.startswith("error: ") and told.count("\n") == 1 and words in told
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments,word", BAD_OPTIONS, ids=[" ".join(a) for a, _ in BAD_OPTIONS])

@@ -41,10 +41,11 @@ def test_compiled_equals_plain_and_leaves_the_model_whole(checkpoint_folder, bat
     """1e-4 of each gradient's norm: fused float32 arithmetic rounds differently."""
     if not can_compile():
         pytest.skip("no C++ compiler: steps run uncompiled here")
-    model = model_with(checkpoint_folder, targets, dropout=0.2)
+    # Compiled steps pad the soft tokens, so an embedder's dropout mask has another shape there, and other values.
+    model = model_with(checkpoint_folder, targets, dropout=0.2 if targets == "decoder" else 0.0)
     weights, key = lora_parameters(model), mx.random.key(3)
     plain, compiled = (Step(model, compiled=c) for c in (False, True))
-    assert set(plain.frozen) == ({"image", "audio"} if targets == "decoder" else set())
+    assert set(plain.frozen) == ({"image", "video", "audio"} if targets == "decoder" else set())
     for batch in batches:
         wanted, sums = plain.gradients(weights, batch, key)
         got, other = compiled.gradients(weights, batch, key)

@@ -165,6 +165,10 @@ class Gemma3n(nn.Module):
                     "tokens"
                 )
 
+    def per_layer_rows(self, input_ids: Any) -> mx.array:
+        """Rows [B, T, layers · width] of the per-layer table for `hidden`, read here where it lies on disk."""
+        return self.model.language_model.per_layer_rows(mx.array(input_ids))
+
     def hidden(
         self,
         input_ids: Any,
@@ -172,10 +176,11 @@ class Gemma3n(nn.Module):
         mm_token_type_ids: Any = None,
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
+        per_layer_rows: mx.array | None = None,
         cache: Cache | None = None,
         **media: Any,
     ) -> mx.array:
-        """Hidden states [B, T, H] after the final norm; padding and `cache` as in `Gemma4.hidden`.
+        """Hidden states [B, T, H] after the final norm; padding, `per_layer_rows` and `cache` as in `Gemma4.hidden`.
 
         Raises:
             InputError: the number of slots differs from that of the soft tokens, an id beyond the vocabulary, media
@@ -194,7 +199,7 @@ class Gemma3n(nn.Module):
                 embeddings = splice(embeddings, ids == getattr(self.spec, f"{kind}_token_id"), tokens)
         valid = known_valid(attention_mask, ids.shape, cache)
         where = place(self.spec.text, ids.shape[1], embeddings.dtype, valid, cache)
-        return text(embeddings, text.per_layer_inputs(ids, embeddings), where, cache)
+        return text(embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows), where, cache)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., H] -> float32 logits [..., V], softly capped."""

@@ -229,15 +229,19 @@ class TextModel(nn.Module):
         rows = self.embed_tokens(input_ids)
         return rows * _constant(self.spec.hidden_size**0.5, rows)
 
-    def per_layer_inputs(self, input_ids: mx.array, embeddings: mx.array) -> mx.array:
+    def per_layer_rows(self, input_ids: mx.array) -> mx.array:
+        """Rows [B, T, layers · width] by token id; ids beyond the table (vision's and audio's) take row 0."""
+        within = (input_ids >= 0) & (input_ids < self.spec.vocab_size_per_layer_input)
+        return self.embed_tokens_per_layer(mx.where(within, input_ids, 0))
+
+    def per_layer_inputs(self, input_ids: mx.array, embeddings: mx.array, rows: mx.array | None = None) -> mx.array:
         """Per-layer embeddings [B, T, layers, width]: a row by token id plus a projection of the spliced embeddings.
 
-        Ids beyond the table (those of the vision and audio vocabularies) take row 0.
+        `rows`: those of `per_layer_rows`, if they were read before.
         """
         spec = self.spec
         shape = (*input_ids.shape, spec.num_hidden_layers, spec.hidden_size_per_layer_input)
-        within = (input_ids >= 0) & (input_ids < spec.vocab_size_per_layer_input)
-        rows = self.embed_tokens_per_layer(mx.where(within, input_ids, 0))
+        rows = self.per_layer_rows(input_ids) if rows is None else rows
         rows = (rows * _constant(spec.hidden_size_per_layer_input**0.5, rows)).reshape(shape)
         context = self.per_layer_model_projection(embeddings)
         context = (context * _constant(spec.hidden_size**-0.5, context)).reshape(shape)

@@ -281,16 +281,19 @@ class TextModel(nn.Module):
         rows = self.embed_tokens(input_ids)
         return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
 
-    def per_layer_inputs(self, input_ids: mx.array, embeddings: mx.array) -> mx.array | None:
+    def per_layer_inputs(
+        self, input_ids: mx.array, embeddings: mx.array, rows: mx.array | None = None
+    ) -> mx.array | None:
         """Per-layer embeddings [B, T, layers, width]: a row by token id plus a projection of the spliced embeddings.
 
-        At soft slots `input_ids` must hold the pad id: the id part there is pad's row, not zero.
+        At soft slots `input_ids` must hold the pad id: the id part there is pad's row, not zero. `rows` if they were
+        read before (see `Gemma4.per_layer_rows`).
         """
         width = self.spec.hidden_size_per_layer_input
         if not width:
             return None
         shape = (*input_ids.shape, self.spec.num_hidden_layers, width)
-        rows = self.embed_tokens_per_layer(input_ids)
+        rows = self.embed_tokens_per_layer(input_ids) if rows is None else rows
         rows = (rows * mx.array(width**0.5, rows.dtype)).reshape(shape)
         context = _scaled(self.per_layer_model_projection(embeddings), self.spec.hidden_size**-0.5)
         context = self.per_layer_projection_norm(context.reshape(shape))

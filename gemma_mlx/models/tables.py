@@ -1,0 +1,87 @@
+"""Embedding tables that stay in their file: of E2B's 10 GB, 4.7 are per-layer rows of which a batch reads a few.
+
+The rows that a batch needs are read from the memory-mapped safetensors file; the values are those that the whole table
+in memory would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from gemma_mlx.models.padding import host
+
+if TYPE_CHECKING:
+    from gemma_mlx.models.load import StoredTensor
+
+DISK_BYTES = 1 << 28
+"""A per-layer table at least this large stays on disk."""
+TABLE = "embed_tokens_per_layer"
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+
+
+class DiskTable(nn.Module):
+    """An embedding whose rows are read when they are asked for; no parameter of the model, so it cannot train.
+
+    Args:
+        stored: `weight`, and for a packed table `scales` and `biases`.
+        dtype: of the rows that come out.
+        group_size, bits: of a packed table.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor], dtype: mx.Dtype, group_size: int = 0, bits: int = 0):
+        super().__init__()
+        self._stored, self._dtype, self._form = dict(stored), dtype, (group_size, bits)
+        self._maps = {
+            name: np.memmap(s.file, _NUMPY[s.dtype], "r", s.offset, s.shape) for name, s in self._stored.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(m.nbytes for m in self._maps.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and values of a row once it is unpacked."""
+        rows, width = self._stored["weight"].shape
+        return rows, width * 32 // self._form[1] if self._form[1] else width
+
+    @property
+    def packed(self) -> bool:
+        """Whether the file holds it quantized."""
+        return "scales" in self._stored
+
+    def __call__(self, ids: Any) -> mx.array:
+        """Rows [..., width] for integer ids [...] whose values are known: this cannot be traced."""
+        known = host(ids)
+        if known is None:
+            raise RuntimeError("rows of a table on disk: ids are being traced; read the rows before, outside")
+        return self._rows(known)
+
+    def whole(self) -> mx.array:
+        """All rows, in memory."""
+        return self._rows(np.arange(self._stored["weight"].shape[0]))
+
+    def _rows(self, ids: np.ndarray) -> mx.array:
+        parts = {name: self._read(name, ids.reshape(-1)) for name in self._maps}
+        rows = parts["weight"]
+        if self.packed:
+            rows = mx.dequantize(rows, parts["scales"], parts.get("biases"), *self._form)
+        return rows.reshape(*ids.shape, -1)
+
+    def _read(self, name: str, ids: np.ndarray) -> mx.array:
+        rows = mx.array(self._maps[name][ids])
+        kind = self._stored[name].dtype
+        rows = rows.view(mx.bfloat16) if kind == "BF16" else rows
+        return rows if kind == "U32" else rows.astype(self._dtype)
+
+
+def tables_on_disk(model: nn.Module) -> dict[str, DiskTable]:
+    """Module path -> table, of those that were left in their file."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, DiskTable)}
