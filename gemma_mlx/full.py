@@ -22,11 +22,9 @@ from mlx.utils import tree_flatten
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import GROUPS, LoRALinear, _ends_with, _group_of, _natural, lora_layers
 from gemma_mlx.models.gemma4.experts import Experts
+from gemma_mlx.models.tables import TABLE
 
 Weights = dict[str, mx.array]
-
-PER_LAYER_TABLE = "embed_tokens_per_layer"
-"""It never trains, and need not be in memory."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def tensor_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is_table(path: str) -> bool:
-    return path.rpartition(".")[2] == PER_LAYER_TABLE
+    """The table of per-layer embeddings: it never trains, and need not be in memory."""
+    return path.rpartition(".")[2] == TABLE
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -15,14 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.full import PER_LAYER_TABLE, candidates, resolve_full, tensor_names
+from gemma_mlx.full import candidates, resolve_full, tensor_names
 from gemma_mlx.gguf_file import is_gguf, open_gguf
 from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
 from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
-from gemma_mlx.models.tables import tables_on_disk
+from gemma_mlx.models.tables import TABLE, tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -227,7 +227,7 @@ def _trainable(model: Any, rank: int, found: Findings) -> None:
         sizes = (modules[path][leaf].size for path in paths for leaf in tensor_names(modules[path]))
         found.full[group] = len(paths), sum(sizes)
     whole = {f"{path}.{leaf}" for path, module in modules.items() for leaf in tensor_names(module)}
-    whole = {name for name in whole if PER_LAYER_TABLE not in name}  # which never trains
+    whole = {name for name in whole if TABLE not in name}  # which never trains
     inside = tuple(f"{path}." for path in shapes)
     leaves = {n for n, _ in tree_flatten(model.parameters()) if n not in whole and not n.startswith(inside)}
     found.frozen = sorted({".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rsplit(".", 1)[-1]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.files import write_whole
+from gemma_mlx.files import replace_whole, write_whole
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -294,14 +293,6 @@ def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: s
             layer[name] = weights[f"{path}.{name}"].astype(mx.float32)
 
 
-def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        mx.save_safetensors(str(path), weights, metadata={"format": "mlx", **(metadata or {})})
-        return path.read_bytes()
-
-
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -338,7 +329,8 @@ def save_adapter(
         config["modules_to_save"] = modules
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(trained_parameters(model) if weights is None else weights))
+    tensors = trained_parameters(model) if weights is None else weights
+    replace_whole(folder / ADAPTER_WEIGHTS, lambda f: mx.save_safetensors(str(f), tensors, metadata={"format": "mlx"}))
     write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 

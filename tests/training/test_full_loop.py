@@ -18,6 +18,7 @@ from gemma_mlx.full import full_modules, train_fully, trained_parameters
 from gemma_mlx.loop import finetune
 from gemma_mlx.lora import apply_lora, load_adapter, lora_layers, save_adapter
 from gemma_mlx.models.load import load, load_model, save_model
+from gemma_mlx.models.tables import DiskTable
 from gemma_mlx.step import Step, can_compile
 
 FAST = dict(quiet=True, rank=2, batch_size=4, image_tokens=70, save_every=0, eval_every=0, warmup=0, lr=1e-2)
@@ -268,6 +269,21 @@ def test_beside_a_quantized_decoder(checkpoint_folder, rows, batches, tmp_path):
     fresh, _ = load(checkpoint_folder, adapter=run.adapter)
     inputs = batches[0].inputs()
     assert mx.array_equal(fresh(**inputs), run.model(**inputs))
+
+
+def test_with_the_per_layer_table_on_disk(checkpoint_folder, rows, tmp_path, monkeypatch):
+    """The same run bit for bit; the table is refused there too."""
+    given = dict(data=rows / "train.csv", steps=2, targets="none", full="embed_tokens,decoder.layers.0", **FAST)
+    runs = [finetune(str(checkpoint_folder), out=tmp_path / "memory", **given)]
+    monkeypatch.setattr("gemma_mlx.models.load.DISK_BYTES", 0)
+    runs.append(finetune(str(checkpoint_folder), out=tmp_path / "disk", **given))
+    saved = [(run.adapter / "adapters.safetensors").read_bytes() for run in runs]
+    assert saved[0] == saved[1]
+    model = load_model(checkpoint_folder)
+    assert isinstance(model.model.language_model.embed_tokens_per_layer, DiskTable)
+    with pytest.raises(InputError, match="embed_tokens_per_layer cannot train"):
+        train_fully(model, "embed_tokens_per_layer")
+    assert train_fully(model, "all")
 
 
 def test_a_second_run_needs_a_base(checkpoint_folder, rows, tmp_path):
