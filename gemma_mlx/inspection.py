@@ -15,13 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.full import candidates, resolve_full, tensor_names
 from gemma_mlx.gguf_file import is_gguf, open_gguf
 from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
 from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
-from gemma_mlx.models.tables import tables_on_disk
+from gemma_mlx.models.tables import TABLE, tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -58,6 +59,8 @@ class Findings:
     parts: dict[str, Part] = field(default_factory=dict)
     trainable: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Target -> (layers, adapter weights at the given rank)."""
+    full: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Group -> (modules, weights) that would train in full; without groups that hold quantized modules."""
     by_name: list[str] = field(default_factory=list)
     """Linears that no group names: they get an adapter if they are named."""
     frozen: list[str] = field(default_factory=list)
@@ -204,7 +207,7 @@ def _packed_bytes(weight: mx.array, bits: int) -> int:
 
 
 def _trainable(model: Any, rank: int, found: Findings) -> None:
-    """Which linears each target chooses, which need to be named, and what never trains."""
+    """Which linears each target chooses, which need to be named, what trains in full, and what never trains."""
     shapes = _linear_shapes(model)
     chosen: set[str] = set()
     for group in [*GROUPS, "all"]:
@@ -215,8 +218,18 @@ def _trainable(model: Any, rank: int, found: Findings) -> None:
         chosen.update(paths)
         found.trainable[group] = len(paths), sum(rank * sum(shapes[path]) for path in paths)
     found.by_name = sorted({path.removesuffix(".linear").rsplit(".", 1)[-1] for path in set(shapes) - chosen})
+    modules = candidates(model)
+    for group in [*GROUPS, "all"]:
+        try:
+            paths = resolve_full(model, group)
+        except InputError:
+            continue  # no such part, or quantized
+        sizes = (modules[path][leaf].size for path in paths for leaf in tensor_names(modules[path]))
+        found.full[group] = len(paths), sum(sizes)
+    whole = {f"{path}.{leaf}" for path, module in modules.items() for leaf in tensor_names(module)}
+    whole = {name for name in whole if TABLE not in name}  # which never trains
     inside = tuple(f"{path}." for path in shapes)
-    leaves = {name for name, _ in tree_flatten(model.parameters()) if not name.startswith(inside)}
+    leaves = {n for n, _ in tree_flatten(model.parameters()) if n not in whole and not n.startswith(inside)}
     found.frozen = sorted({".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rsplit(".", 1)[-1]
                            for name in leaves})  # fmt: skip
 
