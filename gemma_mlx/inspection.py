@@ -19,7 +19,8 @@ from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, read_header
-from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
+from gemma_mlx.models.quantize import group_of, quantized_paths, stays_float
+from gemma_mlx.models.stacks import Stack, float_stacks
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -31,6 +32,7 @@ PARTS = {
     "embed_tokens": "embeddings (and head)",
     "self_attn": "attention",
     "mlp": "mlp",
+    "experts": "experts",
 }
 """Module name -> part, the first that occurs in a path; anything else is norms, scalars and small projections."""
 REST = "norms and the rest"
@@ -170,27 +172,26 @@ def _tokenizer_fact(path: Path, spec: ModelSpec) -> str:
 def _parts(model: Any) -> dict[str, Part]:
     parts = {name: Part() for name in [*PARTS.values(), REST]}
     modules = dict(model.named_modules())
-    per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}
+    packed, stacks = quantized_paths(model), set(float_stacks(model))
     for path, array in tree_flatten(model.parameters()):
-        owner, _, leaf = path.rpartition(".")
-        part, module = parts[part_of(owner)], modules.get(owner)
+        owner, _, leaf = (path, "", "weight") if path in stacks else path.rpartition(".")
+        part, module = parts[part_of(owner)], Stack(array) if path in stacks else modules.get(owner)
         part.tensors += 1
         part.bytes += array.nbytes
-        if owner in per_word:
-            inner = modules[owner]
-            part.weights += array.size * 32 // inner.bits if leaf == "weight" else 0
+        if owner in packed:
+            part.weights += array.size * 32 // packed[owner].bits if leaf == "weight" else 0
         else:
             part.weights += array.size
         for bits in part.packed:
-            packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
+            packable = leaf == "weight" and owner not in packed and not stays_float(owner, module)
             part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
     return {name: part for name, part in parts.items() if part.tensors}
 
 
 def _packed_bytes(weight: mx.array, bits: int) -> int:
     """Bytes of a matrix after quantizing: the weights, and a scale and a bias for each group."""
-    group = GROUP if weight.shape[1] % GROUP == 0 else 32
-    return weight.size * bits // 8 + 2 * (weight.size // group) * weight.itemsize
+    groups = weight.size // group_of(weight.shape[-1])
+    return weight.size * bits // 8 + 2 * groups * weight.itemsize
 
 
 def _trainable(model: Any, rank: int, found: Findings) -> None:

@@ -18,8 +18,17 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.models.families import build, float_dtype
 from gemma_mlx.models.gguf import gguf_weights
-from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
+from gemma_mlx.models.names import (
+    channels_last_parts,
+    may_be_dropped,
+    module_path,
+    part_of,
+    stored_name,
+    to_mlx_axes,
+    to_torch_axes,
+)
 from gemma_mlx.models.quantize import expect_packed, quantize_model, quantized_paths
+from gemma_mlx.models.stacks import settle
 from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -132,8 +141,10 @@ def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[
             stored[tensor.name] = tensor
     _indexed_names(folder, stored)
     spec = model.spec
-    expect_packed(model, {module_path(t.name): t.shape for t in stored.values()}, spec.config, str(folder))
+    shapes = {module_path(t.name, spec.unified): t.shape for t in stored.values()}
+    expect_packed(model, shapes, spec.config, str(folder))
     wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+    channels_last = channels_last_parts(shapes, wanted)
     matched, unexpected = {}, []
     for tensor in stored.values():
         path = module_path(tensor.name, spec.unified)
@@ -141,7 +152,7 @@ def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[
             if not may_be_dropped(path, spec) and not may_be_dropped(tensor.name, spec):
                 unexpected.append(tensor.name)
             continue
-        axes = to_mlx_axes(path, tensor.shape, wanted[path])
+        axes = to_mlx_axes(path, tensor.shape, wanted[path], part_of(path) in channels_last)
         if axes is None and tensor.shape != wanted[path]:
             raise InputError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but config.json makes it "
@@ -224,6 +235,7 @@ def load_model(
     else:
         weights = _weights(folder, model, target, allow_unexpected)
     model.load_weights(weights)
+    settle(model)
     model.freeze()
     if quantize is not None:
         del weights  # they would keep every float weight that is packed now
