@@ -110,13 +110,11 @@ def joined_experts(weights):
     return out
 
 
-def change_tensors(folder, **changes):
-    """Write the folder's tensors anew, each tensor whose name ends so as the function makes it; None drops it."""
+def change_tensor(folder, name, change):
+    """Write the folder's tensors anew with one of them changed; dropped where the change gives None."""
     file = str(folder / "model.safetensors")
     tensors = dict(mx.load(file))
-    for end, change in changes.items():
-        for name in [n for n in tensors if n.endswith(end.replace("__", "."))]:
-            new = change(tensors.pop(name))
-            tensors |= {} if new is None else {name: mx.contiguous(new)}
+    new = change(tensors.pop(name))
+    tensors |= {} if new is None else {name: mx.contiguous(new)}
     mx.eval(tensors)
     mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
