@@ -3,8 +3,8 @@
 MLX's affine form: groups of consecutive inputs share a scale and a bias, w ≈ scale · q + bias with q of 4, 6 or 8
 bits. Only matrices of the text decoder are quantized, stacks of experts among them. What stays in floating point:
 towers and their embedders (their clip bounds, relative positions and small widths do not bear it), norms and scalars,
-routers and AltUp's predictors (small, and everything depends on them), LAuReL's two narrow matrices (a few MB, and all
-of their output passes through 64 values), and matrices of fewer than `SMALL` weights. Conversions pack some of these
+routers and AltUp's predictors (small, and everything depends on them), LAuReL's two narrow matrices (16 MB of E2B, and
+all that they say passes through 64 values), and matrices of fewer than `SMALL` weights. Conversions pack some of these
 too; they load as they are.
 """
 

@@ -82,6 +82,29 @@ def test_conversion_equals_transformers_with_the_unpacked_weights(checkpoint, bi
     compare(replaced(make(tmp_path / "made"), weights, tmp_path / "unpacked"), ours, f"conversion {bits} {special}")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_mlx_lm_converts_computes_what_mlx_lm_computes(bits, tmp_path):
+    """Not our idea of a conversion, but its own: names, split experts, routers at 8 bits in groups of 64."""
+    from mlx_lm import utils
+
+    make(tmp_path / "float", **tiny.larger({**SHAPE["text"], "moe_intermediate_size": 64, "intermediate_size": 128},
+                                           vision=None))  # fmt: skip
+    path = tmp_path / "float" / "config.json"
+    path.write_text(json.dumps({"vocab_size": tiny.VOCAB, **json.loads(path.read_text())}))  # it looks there
+    theirs, config = utils.quantize_model(*utils.load_model(tmp_path / "float", lazy=True), 64, bits)
+    utils.save_model(tmp_path / "mlx", theirs)
+    utils.save_config(config, tmp_path / "mlx" / "config.json")
+    with pytest.warns(UserWarning, match="vocab_size"):
+        ours = load_model(tmp_path / "mlx")
+    forms = {path.partition(".layers.2.")[2]: form for path, form in quantized_paths(ours).items()}
+    assert {forms[f"experts.{name}_proj"] for name in ("gate", "up", "down")} == {Packed(bits, 64)}
+    assert forms["router.proj"] == Packed(8, 64)
+    ids = mx.array(text(TOKENS["sorted"])["input_ids"])
+    difference = mx.abs(ours(input_ids=ids) - theirs(ids)).max().item()
+    print(f"mlx-lm's conversion, {bits} bits: {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
 def test_float_conversion_is_the_checkpoint_again(checkpoint, tmp_path):
     """Split and not packed: joined on load, saved in transformers' layout, and quantized as the original is."""
     assert not convert(checkpoint, tmp_path / "mlx", None)
