@@ -104,8 +104,9 @@ class ExpertStacks(nn.Module):
         if held & {GATE, UP}:
             n, rows, inner = self.pop(GATE_UP).shape
             self.gate_proj, self.up_proj = (Stack(mx.zeros((n, rows // 2, inner))) for _ in range(2))
-        for name in held & {GATE_UP, DOWN}:
-            self[name] = Stack(self[name])
+        for name in (GATE_UP, DOWN):
+            if name in held and name in self:
+                self[name] = Stack(self[name])
 
     def settle(self) -> None:
         """Bring what is floating point into transformers' layout: arrays, gate and up in one."""

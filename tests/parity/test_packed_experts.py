@@ -130,6 +130,29 @@ def test_tensors_of_a_packed_model_load_as_they_are(checkpoint, tmp_path):
     assert mx.array_equal(ours(**batch), model(**batch)).item()
 
 
+def test_one_half_packed_and_the_other_not(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "mlx", 8)
+    whole, ids = load_model(tmp_path / "mlx"), text(TOKENS["sorted"])["input_ids"]
+    mx.eval(whole.parameters())  # the file is written anew below
+    file = str(tmp_path / "mlx" / "model.safetensors")
+    tensors = dict(mx.load(file))
+    name = "language_model.model.layers.1.experts.switch_glu.up_proj"
+    packed = [tensors.pop(f"{name}.{leaf}") for leaf in ("weight", "scales", "biases")]
+    tensors[f"{name}.weight"] = mx.dequantize(*packed, 32, 8)
+    mx.eval(tensors)
+    mx.save_safetensors(file, tensors)
+    ours = load_model(tmp_path / "mlx")
+    left = set(quantized_paths(whole)) - set(quantized_paths(ours))
+    assert left == {"model.language_model.layers.1.experts.up_proj"}
+    assert mx.abs(ours(input_ids=ids) - whole(input_ids=ids)).max().item() <= TOLERANCE
+    dequantize_model(ours)
+    save_model(ours, tmp_path / "saved")
+    tensors["language_model.model.layers.1.experts.gate_up_proj.weight"] = mx.zeros((8, 64, 64))
+    mx.save_safetensors(file, tensors)
+    with pytest.raises(InputError, match=r"1 unexpected tensors: .*1\.experts\.gate_up_proj"):
+        load_model(tmp_path / "mlx")
+
+
 @pytest.mark.parametrize("form", ["on load", "conversion"])
 def test_dequantized_model_is_the_float_model_of_the_unpacked_weights(checkpoint, form, tmp_path):
     if form == "on load":
