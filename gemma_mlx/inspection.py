@@ -86,13 +86,14 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     except InputError as error:
         found.problems.append(str(error))
         return found
-    found.family, found.facts = _family(spec), _facts(spec)
+    found.facts = _facts(spec)
     found.facts += _gguf_facts(path) if is_gguf(path) else _file_facts(path, found.problems)
     try:
         loaded = build(spec) if found.problems else _loaded(path, spec, dtype, found.problems)
     except InputError as error:
         found.problems.append(str(error))
         loaded = build(spec)
+    found.family = _family(loaded.spec)
     if packed := quantized_paths(loaded):
         forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
         found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))

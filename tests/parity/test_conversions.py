@@ -1,6 +1,8 @@
 """Conversions of Gemma 3n and of Gemma 4 12B, with what mlx-vlm's converter packs in them: their embedders and small
 projections too."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from larger_pairs import AUDIO_CASES, SlidingRuns
 from mlx.utils import tree_flatten
 from parity_cases import make_batch
 
+from gemma_mlx.errors import InputError
 from gemma_mlx.inspection import examine
 from gemma_mlx.models.load import load_model, save_model
 from gemma_mlx.models.names import module_path
@@ -113,3 +116,46 @@ def test_12b_conversion_equals_transformers_with_the_unpacked_weights(bits, tmp_
         difference = np.abs(np.array(ours(**batch.inputs())) - theirs.logits(batch))[valid].max()
         print(f"12B conversion, {bits} bits, {name}: {difference:.1e}")
         assert difference <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*unknown key 'vocab_size'")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_mlx_lm_leaves_out_is_not_missed(bits, tmp_path):
+    """It converts the decoder alone: text loads, with a warning; media are refused, and the config is saved without."""
+    from mlx_lm import utils
+
+    tiny.make(tmp_path / "float", seed=10, text=dict(num_kv_shared_layers=4))
+    path = tmp_path / "float" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"vocab_size": tiny.VOCAB, **config}))  # it looks there
+    theirs, config = utils.load_model(tmp_path / "float", lazy=True)
+    if bits:
+        theirs, config = utils.quantize_model(theirs, config, 32, bits)
+    utils.save_model(tmp_path / "mlx", theirs)
+    utils.save_config(config, tmp_path / "mlx" / "config.json")
+    with pytest.warns(UserWarning, match="holds nothing for audio; loaded without"):
+        ours = load_model(tmp_path / "mlx")
+    assert ours.spec.vision is None and ours.spec.audio is None and bool(quantized_paths(ours)) == bool(bits)
+    ids = np.random.default_rng(0).integers(3, 490, (1, 40))
+    assert np.abs(np.array(ours(input_ids=ids)) - np.array(theirs(mx.array(ids)))).max() <= TOLERANCE
+    with pytest.raises(InputError):
+        ours(**tiny.inputs("image"))
+    with pytest.warns(UserWarning, match="holds nothing"):
+        found = examine(tmp_path / "mlx")
+    assert found.family == "Gemma 4: text" and not found.problems
+    if bits is None:
+        save_model(ours, tmp_path / "saved")
+        again = load_model(tmp_path / "saved")
+        assert again.spec.vision is None and mx.array_equal(again(input_ids=ids), ours(input_ids=ids)).item()
+
+
+def test_a_tower_missing_from_a_checkpoint_or_in_part_is_an_error(tmp_path):
+    tiny.make(tmp_path / "float", seed=10)
+    convert(tmp_path / "float", tmp_path / "mlx", 4)
+    for folder, gone in (("float", "model.audio_tower."), ("float", "model.embed_audio."), ("mlx", "audio_tower.")):
+        file = str(tmp_path / folder / "model.safetensors")
+        tensors = {n: a for n, a in mx.load(file).items() if not n.startswith(gone)}
+        mx.eval(tensors)
+        mx.save_safetensors(file, tensors, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"missing tensors: .*audio"):
+            load_model(tmp_path / folder)
