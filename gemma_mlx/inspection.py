@@ -21,7 +21,8 @@ from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
-from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
+from gemma_mlx.models.quantize import group_of, quantized_paths, stays_float
+from gemma_mlx.models.stacks import Stack, float_stacks
 from gemma_mlx.models.tables import TABLE, tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
@@ -34,6 +35,7 @@ PARTS = {
     "embed_tokens": "embeddings (and head)",
     "self_attn": "attention",
     "mlp": "mlp",
+    "experts": "experts",
 }
 """Module name -> part, the first that occurs in a path; anything else is norms, scalars and small projections."""
 REST = "norms and the rest"
@@ -89,13 +91,14 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     except InputError as error:
         found.problems.append(str(error))
         return found
-    found.family, found.facts = _family(spec), _facts(spec)
+    found.facts = _facts(spec)
     found.facts += _gguf_facts(path) if is_gguf(path) else _file_facts(path, found.problems)
     try:
         loaded = build(spec) if found.problems else _loaded(path, spec, dtype, found.problems)
     except InputError as error:
         found.problems.append(str(error))
         loaded = build(spec)
+    found.family = _family(loaded.spec)
     if packed := quantized_paths(loaded):
         forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
         found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))
@@ -179,19 +182,18 @@ def parts_of_model(model: Any) -> dict[str, Part]:
     """The parts that a model has, by name: their tensors, weights and bytes."""
     parts = {name: Part() for name in [*PARTS.values(), REST]}
     modules = dict(model.named_modules())
-    per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}
+    packed, stacks = quantized_paths(model), set(float_stacks(model))
     for path, array in tree_flatten(model.parameters()):
-        owner, _, leaf = path.rpartition(".")
-        part, module = parts[part_of(owner)], modules.get(owner)
+        owner, _, leaf = (path, "", "weight") if path in stacks else path.rpartition(".")
+        part, module = parts[part_of(owner)], Stack(array) if path in stacks else modules.get(owner)
         part.tensors += 1
         part.bytes += array.nbytes
-        if owner in per_word:
-            inner = modules[owner]
-            part.weights += array.size * 32 // inner.bits if leaf == "weight" else 0
+        if owner in packed:
+            part.weights += array.size * 32 // packed[owner].bits if leaf == "weight" else 0
         else:
             part.weights += array.size
         for bits in part.packed:
-            packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
+            packable = leaf == "weight" and owner not in packed and not stays_float(owner, module)
             part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
     for path, table in tables_on_disk(model).items():
         part = parts[part_of(path)]
@@ -202,8 +204,8 @@ def parts_of_model(model: Any) -> dict[str, Part]:
 
 def _packed_bytes(weight: mx.array, bits: int) -> int:
     """Bytes of a matrix after quantizing: the weights, and a scale and a bias for each group."""
-    group = GROUP if weight.shape[1] % GROUP == 0 else 32
-    return weight.size * bits // 8 + 2 * (weight.size // group) * weight.itemsize
+    groups = weight.size // group_of(weight.shape[-1])
+    return weight.size * bits // 8 + 2 * groups * weight.itemsize
 
 
 def _trainable(model: Any, rank: int, found: Findings) -> None:
