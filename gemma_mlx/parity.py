@@ -47,8 +47,9 @@ ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 """Half a unit in the last place of 1: by how much inputs are moved to see the reference's noise."""
 FACTOR = {"float32": 10, "bfloat16": 4}
 """A difference above this many times the noise is a defect. (bfloat16's noise is no small number.)"""
-PIXEL_STEP, FEATURE_STEP = 1.5 / 255, 1e-4
-"""Bounds of preprocessing: one step of 8 bits in a resized picture; log-mel and samples as in the tests."""
+PIXEL_BOUND, UNIFIED_PIXEL_BOUND, FEATURE_BOUND = 1.5 / 255, 4.5 / 255, 1e-4
+"""Bounds of preprocessing. Both resize pictures by Pillow and may differ by a step of 8 bits; in 12B transformers has
+torchvision only, which in a picture of noise differs by two. Log-mel and samples: as in the tests."""
 SHARE = 0.7
 """Part of the machine's memory that the weights may fill for float32 to be chosen."""
 WINDOWS = (12, 13)
@@ -410,7 +411,7 @@ def _compare_inputs(processor: Processor, sample: Sample, modality: Modality) ->
     try:
         theirs = processor_inputs(processor.folder, messages)
     except Exception as error:  # no chat template, no processor config, torchvision missing, …
-        modality.notes.append(f"preprocessing not compared: transformers' processor fails ({_first_line(error)})")
+        modality.notes.append(f"preprocessing not compared: {_no_processor(error)}")
         return
     prompt, ours = processor.prompt(example, with_features=False), sample.batch.inputs()
     modality.inputs.append(_input("input_ids", prompt.input_ids[None], theirs.get("input_ids"), 0.0))
@@ -419,12 +420,19 @@ def _compare_inputs(processor: Processor, sample: Sample, modality: Modality) ->
     for kind, (name, where) in MEDIA.items():
         if ours.get(name) is None:
             continue
-        bound = FEATURE_STEP if kind == "audio" else PIXEL_STEP
+        bound = UNIFIED_PIXEL_BOUND if processor.spec.unified else PIXEL_BOUND
+        bound = FEATURE_BOUND if kind == "audio" else bound
         mine, reference = (_valid(found, name, where) for found in (ours, theirs))
         modality.inputs.append(_input(name, mine, reference, bound))
         if kind == "image" and ours.get(where) is not None:
             mine, reference = (_valid(found, where, where) for found in (ours, theirs))
             modality.inputs.append(_input(where, mine, reference, 0.0))
+
+
+def _no_processor(error: Exception) -> str:
+    if util.find_spec("torchvision") is None:
+        return "transformers' processor of pictures and videos needs torchvision: pip install torchvision"
+    return f"transformers' processor fails ({_first_line(error)})"
 
 
 def _loaded(part: Any, processor: Processor) -> Any:

@@ -70,6 +70,8 @@ def test_the_whole_command(capsys, tmp_path):
     assert names(kinds["audio"]["parts"]) == ["audio_tower", "embed_audio", *decoder]
     assert names(kinds["image"]["inputs"]) == ["input_ids", "mm_token_type_ids", "pixel_values", "image_position_ids"]
     assert names(kinds["audio"]["inputs"]) == ["input_ids", "mm_token_type_ids", "input_features"]
+    for part in (part for modality in kinds.values() for part in modality["inputs"]):
+        assert part["difference"] <= {"pixel_values": 1e-6, "input_features": 1e-5}.get(part["name"], 0), part
     assert kinds["text"]["tokens"] > 64 + 32  # beyond the window of the sliding layers
     for modality in kinds.values():
         assert modality["beyond"] == [] and modality["notes"] == []
@@ -161,7 +163,6 @@ def test_wrong_preprocessing_is_told_apart_from_a_wrong_model(capsys, tmp_path, 
         return type(patches)(patches.pixels // 2, patches.positions, patches.soft_tokens)
 
     monkeypatch.setattr(Processor, "_patches", darker)
-    monkeypatch.setattr("gemma_mlx.parity_samples.TRANSCRIBE", " two  spaces ")
     code, out, found = report(capsys, tmp_path)
     kinds = by_kind(found)
     assert code == 1 and kinds["text"]["beyond"] == []
