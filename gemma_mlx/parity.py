@@ -41,6 +41,8 @@ from gemma_mlx.spec_gemma3n import Gemma3nSpec
 
 Trace = dict[str, np.ndarray]
 """Part -> what it gives, float32; names and order as in `TorchBackend.trace`."""
+Variants = dict[str, Trace]
+"""One sample's traces by what varies among them."""
 LEAST = {"float32": 2e-4, "bfloat16": 2e-2}
 """Differences below this share of a part's size (root mean square) are within bound whatever the noise."""
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
@@ -98,9 +100,11 @@ class Parity:
     facts: dict[str, Any]
     modalities: list[Modality] = field(default_factory=list)
     windows: dict[str, dict[str, float]] = field(default_factory=dict)
-    """"12" and "13" -> loss on the clip's transcript, and the audio tower's difference from transformers' tower."""
-    runs: dict[str, float] = field(default_factory=dict)
-    """"sliding" and "all" -> loss of the picture's answer, where pictures see themselves in these layers."""
+    """Keys that an audio frame sees in ours, "12" and "13" (Gemma 4's tower) -> "loss" on the transcript, and
+    "difference" of the tower from transformers'. The clip is judged with the first."""
+    runs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Layers in which a picture sees itself whole in ours, "all" and "sliding" (Gemma 4 12B) -> "loss" of the answer,
+    and "difference" of the hidden states from transformers'. The picture is judged with the first."""
 
     @property
     def within(self) -> bool:
@@ -159,11 +163,11 @@ def compare(
     chosen, why = _dtype(dtype, sum(array.size for _, array in tree_flatten(model.parameters())))
     del model
     result = Parity({"model": name or folder.name, **_facts(spec, chosen, why), "device": str(found)})
-    ours, others = _ours(folder, chosen, samples, say, result)
+    ours = _ours(folder, chosen, samples, say)
     gc.collect()
     mx.clear_cache()
     say("transformers: loading")
-    _theirs(_backend(folder, chosen, found), samples, ours, others, say, result)
+    _theirs(_backend(folder, chosen, found), samples, ours, say, result)
     say("transformers: preprocessing")
     for sample, modality in zip(samples, result.modalities, strict=True):
         _compare_inputs(processor, sample, modality)
@@ -217,34 +221,27 @@ def _facts(spec: ModelSpec, dtype: str, why: str) -> dict[str, Any]:
     }
 
 
-def _ours(
-    folder: Path, dtype: str, samples: list[Sample], say: Callable[[str], None], result: Parity
-) -> tuple[list[Trace], dict[str, Trace]]:
-    """(the trace of each sample, the clip's trace by window); fills in what is ours of the losses."""
-    model = load_model(folder, dtype)
-    traces, others = [], {}
+def _ours(folder: Path, dtype: str, samples: list[Sample], say: Callable[[str], None]) -> list[Variants]:
+    """The traces of each sample, first the one that is judged; more than one where the references disagree."""
+    model, found = load_model(folder, dtype), []
     for sample in samples:
         say(f"ours: {sample.kind}, {sample.batch.input_ids.shape[1]:,} tokens")
+        given = sample.batch, sample.positions
         if sample.kind == "image" and model.spec.unified:
-            _with_runs(model, "sliding")
-            result.runs = _named("sliding", loss_of(sample, trace(model, sample.batch, sample.positions)))
-            _with_runs(model, "all")  # as transformers' forward has it
-        traces.append(trace(model, sample.batch, sample.positions))
-        if sample.kind == "image" and model.spec.unified:
-            result.runs |= _named("all", loss_of(sample, traces[-1]))
-        if sample.kind == "audio" and isinstance(model.spec.audio, AudioSpec):
-            say(f"ours: audio, window of {WINDOWS[1]} keys")
+            runs = ("all", "sliding")  # as transformers' forward has it, and as it has it with a static cache
+            found.append({name: trace(_with_runs(model, name), *given) for name in runs})
+        elif sample.kind == "audio" and isinstance(model.spec.audio, AudioSpec):
             wider = load_model(folder, dtype, audio_window=WINDOWS[1])  # of which only the audio part is ever read
-            others = {str(WINDOWS[0]): traces[-1], str(WINDOWS[1]): trace(model, sample.batch, sample.positions, wider)}
-    return traces, others
+            encoders = zip(WINDOWS, (model, wider), strict=True)
+            found.append({str(window): trace(model, *given, encoder) for window, encoder in encoders})
+        else:
+            found.append({"": trace(model, *given)})
+    return found
 
 
-def _named(name: str, loss: float | None) -> dict[str, float]:
-    return {} if loss is None else {name: loss}
-
-
-def _with_runs(model: Any, vision_runs: str) -> None:
+def _with_runs(model: Any, vision_runs: str) -> Any:
     model.spec = replace(model.spec, text=replace(model.spec.text, vision_runs=vision_runs))
+    return model
 
 
 def trace(model: Any, batch: Batch, positions: np.ndarray, encoder: Any = None) -> Trace:
@@ -322,14 +319,14 @@ def loss_of(sample: Sample, found: Trace) -> float | None:
 def _theirs(
     backend: Any,
     samples: list[Sample],
-    ours: list[Trace],
-    others: dict[str, Trace],
+    ours: list[Variants],
     say: Callable[[str], None],
     result: Parity,
 ) -> None:
     """Run transformers three times a sample and judge."""
     dtype = result.facts["dtype"]
-    for sample, mine in zip(samples, ours, strict=True):
+    for sample, variants in zip(samples, ours, strict=True):
+        mine = next(iter(variants.values()))
         try:
             base, noise = _reference(backend, sample, ROUNDING[dtype], say)
         except (RuntimeError, NotImplementedError) as error:  # out of memory, an operator that the device lacks
@@ -340,10 +337,17 @@ def _theirs(
         for who, found in (("ours", mine), ("transformers", base)):
             modality.loss |= _named(who, loss_of(sample, found))
         result.modalities.append(modality)
-        if sample.kind == "audio":
-            for window, found in others.items():
-                difference = _difference(found["audio_tower"], base["audio_tower"])
-                result.windows[window] = {**_named("loss", loss_of(sample, found)), "tower difference": difference}
+        if len(variants) > 1:
+            table, part = (result.windows, "audio_tower") if sample.kind == "audio" else (result.runs, "norm")
+            for name, found in variants.items():
+                table[name] = {
+                    **_named("loss", loss_of(sample, found)),
+                    "difference": _difference(found[part], base[part]),
+                }
+
+
+def _named(name: str, loss: float | None) -> dict[str, float]:
+    return {} if loss is None else {name: loss}
 
 
 def _reference(

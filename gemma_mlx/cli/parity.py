@@ -95,23 +95,24 @@ def _rows(parts: list[Part]) -> list[Part]:
 def verdicts(result: Parity) -> list[str]:
     """A line for each modality, and what the open questions come to."""
     lines = [line for modality in result.modalities for line in _verdict(modality)]
-    if len(result.windows) == 2 and all("loss" in found for found in result.windows.values()):
-        losses = {window: found["loss"] for window, found in result.windows.items()}
-        theirs = min(result.windows, key=lambda window: result.windows[window]["tower difference"])
-        told = ", ".join(f"{loss:.4f} with {window} keys" for window, loss in losses.items())
-        lines.append(f"audio window: loss on the transcript {told}; transformers computes {theirs} keys")
-        lines.append(f"audio window: {_lower(losses)}")
-    if len(result.runs) == 2:
-        told = ", ".join(f"{loss:.4f} in {runs} layers" for runs, loss in result.runs.items())
-        lines.append(f"a picture sees itself whole: loss on the answer {told}; {_lower(result.runs)}")
+    lines += _open("audio window", "keys", result.windows)
+    lines += _open("a picture that sees itself whole", "layers", result.runs)
     return lines
 
 
-def _lower(losses: dict[str, float]) -> str:
-    (a, first), (b, second) = losses.items()
-    if first == second:
-        return "the losses are equal"
-    return f"lower with {a if first < second else b}, by {abs(first - second):.4f}"
+def _open(what: str, unit: str, found: dict[str, dict[str, float]]) -> list[str]:
+    """What an open question comes to: the loss either way, and which way transformers goes."""
+    if not found:
+        return []
+    nearest = min(found, key=lambda name: found[name]["difference"])
+    lines = [f"{what}: transformers computes {nearest} {unit}"]
+    losses = {name: figures["loss"] for name, figures in found.items() if "loss" in figures}
+    if len(losses) == 2:
+        told = ", ".join(f"{loss:.4f} with {name} {unit}" for name, loss in losses.items())
+        (a, first), (b, second) = losses.items()
+        lower = f"lower with {a if first < second else b}, by {abs(first - second):.4f}"
+        lines.append(f"{what}: loss on the answer {told}: {lower if first != second else 'no difference'}")
+    return lines
 
 
 def _verdict(modality: Modality) -> list[str]:

@@ -21,6 +21,7 @@ from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.cli import door
 from gemma_mlx.data.examples import Example, Text, Turn
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.demo.blueprint import write_files
 from gemma_mlx.models.load import load_model
 from gemma_mlx.parity_samples import DATA, Sample, make_samples
 from gemma_mlx.torch_backend import TorchBackend
@@ -95,14 +96,14 @@ def test_losses_are_those_of_transformers_with_either_window(capsys, tmp_path, m
         assert modality["loss"]["ours"] == pytest.approx(expected, abs=1e-5)
     windows = found["windows"]
     assert windows["12"]["loss"] == by_kind(found)["audio"]["loss"]["ours"]
-    assert windows["12"]["tower difference"] < 1e-4 < 1e-2 < windows["13"]["tower difference"]
+    assert windows["12"]["difference"] < 1e-4 < 1e-2 < windows["13"]["difference"]
     original = sys.modules[MODELING].sliding_window_mask_function
     monkeypatch.setattr(f"{MODELING}.sliding_window_mask_function", lambda w: original((w[0] + 1, w[1])))
     expected = backend.run(samples["audio"].batch).loss
     assert abs(expected - windows["12"]["loss"]) > 1e-3
     assert windows["13"]["loss"] == pytest.approx(expected, abs=1e-5)
     lower = min(windows, key=lambda window: windows[window]["loss"])
-    assert f"audio window: lower with {lower}" in out
+    assert f": lower with {lower}, by {abs(windows['12']['loss'] - windows['13']['loss']):.4f}" in out
 
 
 def test_a_transformers_that_computes_13_keys(capsys, tmp_path, monkeypatch):
@@ -297,13 +298,44 @@ def test_every_family(family, tmp_path, monkeypatch):
         assert modality.loss["transformers"] == pytest.approx(backend.run(sample.batch).loss, abs=1e-5)
     assert set(found.runs) == ({"sliding", "all"} if family == "12B" else set())
     if found.runs:
-        assert found.runs["all"] == found.modalities[1].loss["ours"] != found.runs["sliding"]
+        assert found.runs["all"]["loss"] == found.modalities[1].loss["ours"] != found.runs["sliding"]["loss"]
+        assert found.runs["all"]["difference"] < 1e-4 < 1e-2 < found.runs["sliding"]["difference"]
+
+
+@pytest.fixture
+def unified_folder(tmp_path, monkeypatch):
+    """In the manner of 12B, with tokenizer and processor; pictures and clips of real sizes."""
+    write_files(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    ids = {name: value for name, value in config.items() if name.endswith(("_token_id", "_token_index"))}
+    monkeypatch.setitem(tiny.UNIFIED_VISION, "patch_size", 16)
+    monkeypatch.setitem(tiny.UNIFIED_AUDIO, "audio_embed_dim", 640)
+    tiny.make_unified(tmp_path, 0, **ids)
+    names = json.loads((tmp_path / "processor_config.json").read_text()) | {"processor_class": "Gemma4UnifiedProcessor"}
+    names["feature_extractor"] = {"feature_extractor_type": "Gemma4UnifiedAudioFeatureExtractor"}
+    for kind in ("Image", "Video"):
+        names[f"{kind.lower()}_processor"][f"{kind.lower()}_processor_type"] = f"Gemma4Unified{kind}Processor"
+    (tmp_path / "processor_config.json").write_text(json.dumps(names))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("Gemma4Processor", "Gemma4UnifiedProcessor"))
+    return tmp_path
+
+
+def test_without_towers_whole(unified_folder, capsys, tmp_path):
+    code, out, found = report(capsys, tmp_path, folder=unified_folder)
+    kinds = by_kind(found)
+    assert code == 0 and list(kinds) == ["text", "image", "audio"]
+    for part in (part for modality in kinds.values() for part in modality["inputs"]):
+        assert part["difference"] <= {"pixel_values": 4.5 / 255}.get(part["name"], 0), part
+    assert names(kinds["audio"]["inputs"]) == ["input_ids", "mm_token_type_ids", "input_features"]
+    assert names(kinds["image"]["parts"])[:2] == ["embed_vision", "embeddings"]
+    assert "a picture that sees itself whole: transformers computes all layers" in out and "audio window" not in out
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_without_the_extra(module, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    code, out, err = doctor(capsys, "--model", CHECKPOINT, "--parity")
+    code, _, err = doctor(capsys, "--model", CHECKPOINT, "--parity")
     assert code == 2 and err.count("\n") == 1
     assert err == f'error: --parity needs {module}, which is not installed: pip install "gemma-mlx[torch]"\n'
 
