@@ -415,7 +415,7 @@ def _compare_inputs(processor: Processor, sample: Sample, modality: Modality) ->
     try:
         theirs = processor_inputs(processor.folder, messages)
     except Exception as error:  # no chat template, no processor config, torchvision missing, …
-        modality.notes.append(f"preprocessing not compared: {_no_processor(error)}")
+        modality.notes.append(f"preprocessing not compared: {_no_processor(error, processor.folder)}")
         return
     prompt, ours = processor.prompt(example, with_features=False), sample.batch.inputs()
     modality.inputs.append(_input("input_ids", prompt.input_ids[None], theirs.get("input_ids"), 0.0))
@@ -433,10 +433,11 @@ def _compare_inputs(processor: Processor, sample: Sample, modality: Modality) ->
             modality.inputs.append(_input(where, mine, reference, 0.0))
 
 
-def _no_processor(error: Exception) -> str:
+def _no_processor(error: Exception, folder: Path) -> str:
+    """Why transformers' processor does not work, without the path of the folder: the report may be posted."""
     if util.find_spec("torchvision") is None:
         return "transformers' processor of pictures and videos needs torchvision: pip install torchvision"
-    return f"transformers' processor fails ({_first_line(error)})"
+    return f"transformers' processor fails ({_first_line(error)})".replace(str(folder), folder.name)
 
 
 def _loaded(part: Any, processor: Processor) -> Any:

@@ -259,15 +259,16 @@ def _shaken(array: np.ndarray, noise: float) -> np.ndarray:
 def processor_inputs(folder: str | Path, messages: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """What transformers' processor of a checkpoint makes of a conversation and the opening of the answer to it.
 
-    Pictures are resized by Pillow, as ours are, where the processor can (Gemma 4 12B's has torchvision only, whose
-    bicubic filter rounds otherwise).
+    Text alone goes to its tokenizer: text-only checkpoints name a processor that they do not have. Pictures are resized
+    by Pillow, as ours are, where the processor can (Gemma 4 12B's has torchvision only, whose filter rounds otherwise).
 
     Args:
         messages: media parts hold what they show: ``image`` a PIL picture, ``audio`` float32 samples at 16 kHz.
     """
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    media = any(not isinstance(message["content"], str) for message in messages)
+    processor = (AutoProcessor if media else AutoTokenizer).from_pretrained(folder, local_files_only=True)
     if hasattr(processor, "image_processor"):
         pictures = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         processor.image_processor = pictures

@@ -203,7 +203,7 @@ def text_folder(tmp_path_factory):
     gemma3.make(folder)
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copy(CHECKPOINT / name, folder / name)
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "processor_class": "Gemma3Processor"}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
     return folder
 
