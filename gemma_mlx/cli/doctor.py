@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,19 +10,43 @@ import click
 from gemma_mlx.cli.options import field_options
 from gemma_mlx.errors import InputError
 
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 @click.command()
 @field_options("model", "dtype", "rank")
 @click.option("--read-weights", is_flag=True, help="Read every weight and look for values that are not finite.")
-def command(model: str | None, dtype: str | None, rank: int, read_weights: bool) -> None:
-    """Describe a checkpoint; exits with 2 if it would not load."""
+@click.option("--parity", is_flag=True, help="Compare with transformers on a text, a picture and a clip.")
+@click.option("--device", metavar="NAME", help="With --parity: torch's device; default: mps if there is one, or cpu.")
+@click.option("--audio", type=FILE, help="With --parity: a recorded clip, in place of the built-in one.")
+@click.option("--text", help="With --parity: what is said in it.")
+@click.option("--image", type=FILE, help="With --parity: a picture, in place of the built-in one.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="With --parity: a JSON file to post.")
+def command(
+    model: str | None, dtype: str | None, rank: int, read_weights: bool, parity: bool, **compared: Any
+) -> int | None:
+    """Describe a checkpoint; exits with 2 if it would not load.
+
+    With --parity the checkpoint is run here and in transformers (--dtype float32 where its weights fit into memory),
+    and every part's difference stands beside transformers' own rounding noise: 0 if all are within bound, else 1.
+    """
     from gemma_mlx import machine
     from gemma_mlx.inspection import examine
     from gemma_mlx.models.load import resolve
 
+    if given := [f"--{name}" for name, value in compared.items() if value is not None and not parity]:
+        raise InputError(f"{given[0]} goes with --parity")
     click.echo(f"machine: {machine.describe()}")
     if model is None:
-        return
+        if parity:
+            raise InputError("--parity needs --model: the checkpoint's folder or Hub id")
+        return None
+    if parity:
+        from gemma_mlx.cli.parity import run
+
+        folder = resolve(model)
+        name = folder.name if Path(model).expanduser().exists() else f"{model} at {folder.name}"
+        return run(folder, compared.pop("out"), dtype=dtype, transcript=compared.pop("text"), name=name, **compared)
     found = examine(resolve(model), dtype, rank, read_weights)
     for line in report(found, rank):
         click.echo(line)
@@ -29,6 +54,7 @@ def command(model: str | None, dtype: str | None, rank: int, read_weights: bool)
         more = f" ({len(found.problems) - 1} more above)" if len(found.problems) > 1 else ""
         raise InputError(f"{found.problems[0]}{more}")
     click.echo("it loads")
+    return None
 
 
 def report(found: Any, rank: int) -> list[str]:
