@@ -20,10 +20,11 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
-from gemma_mlx.flops import DecoderFlops, Picked, text_model
+from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.lanes import shared
 from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
 from gemma_mlx.loss import POSITION_BUCKET, at_positions, label_positions, loss_sum
+from gemma_mlx.models.families import decoder_of
 from gemma_mlx.models.label_rows import LabelRows, label_rows
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
 from gemma_mlx.models.tables import tables_on_disk
@@ -136,7 +137,8 @@ def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
     Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
     """
     arrays: Arrays = {"input_ids": mx.array(batch.input_ids)}
-    arrays |= {name: mx.array(value) for name, value in label_positions(batch.labels).items()}
+    places = label_positions(batch.labels, POSITION_BUCKET if bucket > 1 else 1)
+    arrays |= {name: mx.array(value) for name, value in places.items()}
     if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
         arrays["mm_token_type_ids"] = mx.array(batch.mm_token_type_ids)
     for kind, names in MEDIA.items():
@@ -181,7 +183,7 @@ class Step:
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.tables = tables_on_disk(model)
-        self.flops = DecoderFlops(model)
+        self.flops = DecoderCost(model)
         self.pick_labels = pick_labels and not self._dropout_from(self.flops.line)
         self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
@@ -217,7 +219,7 @@ class Step:
 
     def _dropout_from(self, line: int) -> bool:
         """Whether an adapter in or above a decoder layer has dropout: its masks have the stream's shape."""
-        layers = text_model(self.model).layers[line:]
+        layers = decoder_of(self.model).layers[line:]
         return any(adapter.dropout for layer in layers for adapter in lora_layers(layer).values())
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
