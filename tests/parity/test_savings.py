@@ -152,7 +152,7 @@ def test_rows_full_of_labels_are_left_alone(family):
 def test_in_lanes(family):
     """Rows shared out to threads; the sums of lanes differ from those of one, so both sides have two.
 
-    Adapters on the decoder: with rows of one label each, the audio tower's own rounding reaches 1e-5.
+    Adapters on the decoder: in float32 the rounding of the audio tower, deep below, reaches 1e-5 by itself.
     """
     name, folder, _ = family
     model, batch = adapted_model(folder, "decoder"), ragged(name)
