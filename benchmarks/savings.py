@@ -48,7 +48,7 @@ def flops(step: Step, batch, options: dict) -> float:
     """Counted FLOPs of the decoder's forward and gradient."""
     arrays, (rows, length) = step.prepare(batch).arrays, batch.input_ids.shape
     picked = Picked(arrays["positions"].size, arrays["columns"].size) if "columns" in arrays else None
-    return step.flops.step(rows, length, picked, options.get("recompute", 0))
+    return step.cost.step(rows, length, picked, options.get("recompute", 0))
 
 
 def furthest(grads: dict, wanted: dict) -> float:

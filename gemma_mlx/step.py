@@ -183,8 +183,8 @@ class Step:
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.tables = tables_on_disk(model)
-        self.flops = DecoderCost(model)
-        self.pick_labels = pick_labels and not self._dropout_from(self.flops.line)
+        self.cost = DecoderCost(model)
+        self.pick_labels = pick_labels and not self._dropout_from(self.cost.line)
         self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
         adapted = {name for path in self.layers for name in path.split(".")}
@@ -212,8 +212,8 @@ class Step:
         rows, length = batch.input_ids.shape
         flat = np.array(ready.arrays["positions"])
         found = label_rows(flat, ready.labels, (rows, length), POSITION_BUCKET if self.compiled else 1)
-        picked = self.flops.upper(rows, length, Picked(len(flat), found["columns"].size))
-        if picked > WORTH_PICKING * self.flops.upper(rows, length):
+        picked = self.cost.upper(rows, length, Picked(len(flat), found["columns"].size))
+        if picked > WORTH_PICKING * self.cost.upper(rows, length):
             return {}
         return {name: mx.array(value) for name, value in found.items()}
 

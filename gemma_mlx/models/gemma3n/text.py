@@ -16,8 +16,9 @@ import mlx.nn as nn
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate
 from gemma_mlx.models.label_rows import LabelRows
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.models.recompute import recomputed
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec_gemma3n import Gemma3nTextSpec
 
 _LEAST_MAGNITUDE = 1e-5
@@ -94,7 +95,7 @@ class SparseMLP(MLP):
         gate = self.gate_proj(x)
         if self.sparsity > 0:
             gate = gaussian_top_k(gate, self.sparsity)
-        return self.down_proj(gelu_tanh(gate) * self.up_proj(x))
+        return self.down_proj(gated_gelu(gate, self.up_proj(x)))
 
 
 class Laurel(nn.Module):
@@ -208,7 +209,7 @@ class DecoderLayer(nn.Module):
         first = corrected[0]
         if self.correct_scale:
             first = first * self.altup.correct_output_scale.astype(first.dtype)
-        gated = gelu_tanh(self.per_layer_input_gate(first)) * per_layer_input
+        gated = gated_gelu(self.per_layer_input_gate(first), per_layer_input)
         added = self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return mx.concatenate([corrected[:1], corrected[1:] + added]), kv
 

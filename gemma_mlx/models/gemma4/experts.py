@@ -10,7 +10,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import TextSpec
 
 SORT_FROM = 64
@@ -82,4 +83,4 @@ class Experts(nn.Module):
             return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=is_sorted).astype(dtype)
 
         gate, up = mx.split(linear(x, self.gate_up_proj), 2, axis=-1)
-        return linear(gelu_tanh(gate) * up, self.down_proj)
+        return linear(gated_gelu(gate, up), self.down_proj)

@@ -15,8 +15,9 @@ import numpy as np
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
 from gemma_mlx.models.label_rows import LabelRows
-from gemma_mlx.models.layers import BufferModule, RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import BufferModule, RMSNorm
 from gemma_mlx.models.recompute import recomputed
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
 
 KeysValues = tuple[mx.array, mx.array]
@@ -234,7 +235,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(BufferModule):
@@ -291,7 +292,7 @@ class DecoderLayer(BufferModule):
         x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
         x = x + self.post_feedforward_layernorm(self._feed_forward(x))
         if per_layer_input is not None:
-            gated = gelu_tanh(self.per_layer_input_gate(x)) * per_layer_input
+            gated = gated_gelu(self.per_layer_input_gate(x), per_layer_input)
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return x * self.layer_scalar.astype(x.dtype), kv
 
