@@ -1,6 +1,7 @@
 """What label positions and gradient checkpointing save in one training step, each on and off, in alternated pairs.
 
     python benchmarks/savings.py [--pairs 5] [--answer 48] [--clips 30,22,14,10] [--compiled]
+        [--only "label positions,both (every layer)"]
 
 Prints a Markdown table: counted FLOPs of the decoder, seconds (median), peak memory above what lies there before the
 step, and how far loss and gradients are from those with everything off. Audio towers are frozen and their soft tokens
@@ -28,8 +29,8 @@ SETTINGS = {
     "label positions": {},
     "checkpoint every layer": {"pick_labels": False, "recompute": 1},
     "checkpoint every 2nd layer": {"pick_labels": False, "recompute": 2},
-    "both, every layer": {"recompute": 1},
-    "both, every 2nd layer": {"recompute": 2},
+    "both (every layer)": {"recompute": 1},
+    "both (every 2nd layer)": {"recompute": 2},
 }
 OFF = "all off"
 
@@ -81,11 +82,13 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=48, help="labels of a row")
     parser.add_argument("--clips", default="30,22,14,10", help="seconds of each row's clip")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--only", default=",".join(SETTINGS), help="settings, comma separated")
     options = parser.parse_args()
+    chosen = options.only.split(",")
     batch = eighth.clips([int(s) for s in options.clips.split(",")], answer=options.answer)
     model = eighth.model()
     weights = lora_parameters(model)
-    steps = {name: Step(model, compiled=options.compiled, **changes) for name, changes in SETTINGS.items()}
+    steps = {name: Step(model, compiled=options.compiled, **SETTINGS[name]) for name in (OFF, *chosen)}
     first = steps[OFF]
     for step in steps.values():
         step.frozen = first.frozen  # one cache of soft tokens
@@ -96,7 +99,7 @@ def main() -> None:
     )
     heads = ("", "decoder GFLOP", "of off", "s", "of off", "peak MB", "of off", "loss differs by", "gradients by")
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
-    for name in SETTINGS:
+    for name in chosen:
         print(compare(name, steps, weights, batch, options.pairs), flush=True)
 
 

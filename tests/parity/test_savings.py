@@ -117,6 +117,8 @@ def test_each_saving_changes_nothing(family, record):
         found = gradients(step, batch)
         record(f"gradients, {setting} on and off", name, furthest(found[1], plain[1]))
         judged(found, plain)
+        evaluated = step.evaluate(lora_parameters(model), batch)
+        assert abs(evaluated.loss.item() - plain[0]) <= LOSS * plain[0]
 
 
 @pytest.mark.parametrize("labels", LABELS)
