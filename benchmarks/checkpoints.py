@@ -12,7 +12,7 @@ from gemma_mlx.models.families import build
 from gemma_mlx.spec import read_spec
 
 COLUMNS = {
-    "decoder": ("attention", "mlp", "norms and the rest"),
+    "decoder": ("attention", "mlp", "experts", "norms and the rest"),
     "embeddings": ("embeddings (and head)",),
     "per-layer table": ("per-layer embeddings",),
     "vision": ("vision tower", "vision embedder"),

@@ -20,6 +20,8 @@ from gemma_mlx.errors import InputError
 
 CONFIG_FILE = "config.yaml"
 """A run's options, in its folder."""
+NO_TARGETS = "none"
+"""For ``targets``: no adapters."""
 
 
 def option(
@@ -99,7 +101,12 @@ class TrainConfig:
     targets: str = option(
         "decoder", "text", "adapter",
         "Layers that get an adapter: names (q_proj, audio.q_proj) or groups (decoder, vision, audio, embedders, all), "
-        "comma separated.",
+        "comma separated; none with --full alone.",
+    )  # fmt: skip
+    full: str | None = option(
+        None, "text", "adapter",
+        "Modules whose own weights train, beside the adapters: names (embed_audio, layers.3.mlp) or groups, comma "
+        "separated.",
     )  # fmt: skip
     rank: int = option(16, "int", "adapter", "Rank of the adapters.", low=1, high=4096)
     alpha: float | None = option(
@@ -158,6 +165,8 @@ class TrainConfig:
             object.__setattr__(self, f.name, convert(f, getattr(self, f.name), f.name))
         if self.patience and not self.valid:
             raise InputError("patience: early stopping needs validation rows (valid)")
+        if self.targets == NO_TARGETS and not self.full:
+            raise InputError("targets: none leaves nothing to train; name modules in full")
         if self.min_lr > self.lr:
             raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -14,6 +15,16 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Replace a file by what ``write`` leaves at the path that it is given, so that a reader never sees a part."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        write(part)
+        flush(part)
+        part.chmod(0o644)
+        os.replace(part, path)
 
 
 def write_whole(path: Path, data: bytes) -> None:

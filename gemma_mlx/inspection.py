@@ -15,13 +15,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.full import candidates, resolve_full, tensor_names
 from gemma_mlx.gguf_file import is_gguf, open_gguf
 from gemma_mlx.lora import GROUPS, linear_paths, resolve_targets
 from gemma_mlx.models.families import build
 from gemma_mlx.models.gguf import check_gguf
 from gemma_mlx.models.load import checkpoint_files, chosen_dtype, load_model, not_finite, read_header
-from gemma_mlx.models.quantize import GROUP, quantized_paths, stays_float
-from gemma_mlx.models.tables import tables_on_disk
+from gemma_mlx.models.quantize import group_of, quantized_paths, stays_float
+from gemma_mlx.models.stacks import Stack, float_stacks
+from gemma_mlx.models.tables import TABLE, tables_on_disk
 from gemma_mlx.spec import FULL, ModelSpec, read_spec
 
 PARTS = {
@@ -33,6 +35,7 @@ PARTS = {
     "embed_tokens": "embeddings (and head)",
     "self_attn": "attention",
     "mlp": "mlp",
+    "experts": "experts",
 }
 """Module name -> part, the first that occurs in a path; anything else is norms, scalars and small projections."""
 REST = "norms and the rest"
@@ -58,6 +61,8 @@ class Findings:
     parts: dict[str, Part] = field(default_factory=dict)
     trainable: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Target -> (layers, adapter weights at the given rank)."""
+    full: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Group -> (modules, weights) that would train in full; without groups that hold quantized modules."""
     by_name: list[str] = field(default_factory=list)
     """Linears that no group names: they get an adapter if they are named."""
     frozen: list[str] = field(default_factory=list)
@@ -86,13 +91,14 @@ def examine(model: str | Path, dtype: str | None = None, rank: int = 16, read_we
     except InputError as error:
         found.problems.append(str(error))
         return found
-    found.family, found.facts = _family(spec), _facts(spec)
+    found.facts = _facts(spec)
     found.facts += _gguf_facts(path) if is_gguf(path) else _file_facts(path, found.problems)
     try:
         loaded = build(spec) if found.problems else _loaded(path, spec, dtype, found.problems)
     except InputError as error:
         found.problems.append(str(error))
         loaded = build(spec)
+    found.family = _family(loaded.spec)
     if packed := quantized_paths(loaded):
         forms = Counter(f"{form.bits} bits in groups of {form.group_size}" for form in packed.values())
         found.facts.append("quantized: " + ", ".join(f"{n} matrices of {form}" for form, n in forms.most_common()))
@@ -176,19 +182,18 @@ def parts_of_model(model: Any) -> dict[str, Part]:
     """The parts that a model has, by name: their tensors, weights and bytes."""
     parts = {name: Part() for name in [*PARTS.values(), REST]}
     modules = dict(model.named_modules())
-    per_word = {path: 32 // form.bits for path, form in quantized_paths(model).items()}
+    packed, stacks = quantized_paths(model), set(float_stacks(model))
     for path, array in tree_flatten(model.parameters()):
-        owner, _, leaf = path.rpartition(".")
-        part, module = parts[part_of(owner)], modules.get(owner)
+        owner, _, leaf = (path, "", "weight") if path in stacks else path.rpartition(".")
+        part, module = parts[part_of(owner)], Stack(array) if path in stacks else modules.get(owner)
         part.tensors += 1
         part.bytes += array.nbytes
-        if owner in per_word:
-            inner = modules[owner]
-            part.weights += array.size * 32 // inner.bits if leaf == "weight" else 0
+        if owner in packed:
+            part.weights += array.size * 32 // packed[owner].bits if leaf == "weight" else 0
         else:
             part.weights += array.size
         for bits in part.packed:
-            packable = leaf == "weight" and owner not in per_word and not stays_float(owner, module)
+            packable = leaf == "weight" and owner not in packed and not stays_float(owner, module)
             part.packed[bits] += _packed_bytes(array, bits) if packable else array.nbytes
     for path, table in tables_on_disk(model).items():
         part = parts[part_of(path)]
@@ -199,12 +204,12 @@ def parts_of_model(model: Any) -> dict[str, Part]:
 
 def _packed_bytes(weight: mx.array, bits: int) -> int:
     """Bytes of a matrix after quantizing: the weights, and a scale and a bias for each group."""
-    group = GROUP if weight.shape[1] % GROUP == 0 else 32
-    return weight.size * bits // 8 + 2 * (weight.size // group) * weight.itemsize
+    groups = weight.size // group_of(weight.shape[-1])
+    return weight.size * bits // 8 + 2 * groups * weight.itemsize
 
 
 def _trainable(model: Any, rank: int, found: Findings) -> None:
-    """Which linears each target chooses, which need to be named, and what never trains."""
+    """Which linears each target chooses, which need to be named, what trains in full, and what never trains."""
     shapes = _linear_shapes(model)
     chosen: set[str] = set()
     for group in [*GROUPS, "all"]:
@@ -215,8 +220,18 @@ def _trainable(model: Any, rank: int, found: Findings) -> None:
         chosen.update(paths)
         found.trainable[group] = len(paths), sum(rank * sum(shapes[path]) for path in paths)
     found.by_name = sorted({path.removesuffix(".linear").rsplit(".", 1)[-1] for path in set(shapes) - chosen})
+    modules = candidates(model)
+    for group in [*GROUPS, "all"]:
+        try:
+            paths = resolve_full(model, group)
+        except InputError:
+            continue  # no such part, or quantized
+        sizes = (modules[path][leaf].size for path in paths for leaf in tensor_names(modules[path]))
+        found.full[group] = len(paths), sum(sizes)
+    whole = {f"{path}.{leaf}" for path, module in modules.items() for leaf in tensor_names(module)}
+    whole = {name for name in whole if TABLE not in name}  # which never trains
     inside = tuple(f"{path}." for path in shapes)
-    leaves = {name for name, _ in tree_flatten(model.parameters()) if not name.startswith(inside)}
+    leaves = {n for n, _ in tree_flatten(model.parameters()) if n not in whole and not n.startswith(inside)}
     found.frozen = sorted({".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rsplit(".", 1)[-1]
                            for name in leaves})  # fmt: skip
 

@@ -20,14 +20,15 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
-from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure
+from gemma_mlx.config import CONFIG_FILE, NO_TARGETS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import flush, write_whole
-from gemma_mlx.lora import apply_lora, lora_parameters, save_adapter
+from gemma_mlx.full import refuse_trained, train_fully, trained_parameters
+from gemma_mlx.lora import apply_lora, freeze_base, save_adapter
 from gemma_mlx.models.load import check_finite, load_model, resolve
 from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
 from gemma_mlx.plots import plot_loss, read_metrics
@@ -125,13 +126,11 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
     check_finite(model, config.model)
-    paths = apply_lora(
-        model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed, config.dora
-    )
+    trained = make_trainable(model, config)
     job = Job(config, folder, model, processor, rows, valid, say)
     say.say(
-        f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; adapters on {len(paths)} "
-        f"layers, {sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
+        f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
+        f"{sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
     )
     try:
         with machine.awake(), stop_request() as stop:
@@ -142,6 +141,22 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     finally:
         job.close()
     return Run(folder, config, report, model, processor)
+
+
+def make_trainable(model: Any, config: TrainConfig) -> str:
+    """Put adapters on the targets and unfreeze the modules that train in full; what was done, in words."""
+    refuse_trained(model)
+    done = []
+    if config.targets == NO_TARGETS:
+        freeze_base(model)
+    else:
+        paths = apply_lora(
+            model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed, config.dora
+        )
+        done.append(f"adapters on {len(paths)} layers")
+    if config.full:
+        done.append(f"{len(train_fully(model, config.full))} modules in full")
+    return " and ".join(done)
 
 
 def checked_folder(config: TrainConfig) -> Path:
@@ -196,7 +211,7 @@ class Job:
             model, config.clip, lanes=machine.lanes(config.batch_size),
             pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
         )  # fmt: skip
-        self.weights: Weights = lora_parameters(model)
+        self.weights: Weights = trained_parameters(model)
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
@@ -220,7 +235,7 @@ class Job:
 
     def start(self) -> None:
         """Read the base's weights, go to the newest checkpoint if resuming, create the folder."""
-        mx.eval(self.model.parameters())  # a compiled step would otherwise read them from disk each time
+        mx.eval(self.model.parameters(), self.weights)  # a compiled step would otherwise read them from disk each time
         if self.config.resume:
             self._resume()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +371,7 @@ class Job:
     def _save_adapter(self) -> None:
         c = self.config
         options = {name: getattr(c, name) for name in REMEMBERED}
-        save_adapter(self.model, self.folder / ADAPTER, base_model=c.model, targets=c.targets, options=options)
+        save_adapter(self.model, self.folder / ADAPTER, c.model, c.targets, options, self.weights)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""

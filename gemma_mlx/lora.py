@@ -18,7 +18,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.files import write_whole
+from gemma_mlx.files import replace_whole, write_whole
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -294,44 +293,44 @@ def set_lora_parameters(model: nn.Module, weights: dict[str, mx.array], where: s
             layer[name] = weights[f"{path}.{name}"].astype(mx.float32)
 
 
-def safetensors_bytes(weights: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        mx.save_safetensors(str(path), weights, metadata={"format": "mlx", **(metadata or {})})
-        return path.read_bytes()
-
-
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
     base_model: str | None = None,
     targets: str | None = None,
     options: Mapping[str, Any] | None = None,
+    weights: dict[str, mx.array] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's layout (``adapters.safetensors``, ``adapter_config.json``); returns the folder.
 
     Each file is replaced whole. Beside mlx-lm's fields the config holds, under ``gemma_mlx``, the format version, the
-    base model's name, the targets as given, alpha, and ``options``: what the adapter must be used with again.
+    base model's name, the targets as given, alpha, and ``options``: what the adapter must be used with again. Modules
+    that train in full are listed under PEFT's key ``modules_to_save``; their weights lie under their own names, in
+    MLX's layouts. ``weights``: all trained tensors, where they are more exact than what the model holds.
     """
-    layers = lora_layers(model)
-    if not layers:
+    from gemma_mlx.full import full_modules, trained_parameters
+
+    layers, modules = lora_layers(model), full_modules(model)
+    if not layers and not modules:
         raise InputError("this model has no adapter to save")
-    first = next(iter(layers.values()))
-    rank = first.lora_a.shape[1]
-    config = {
-        "fine_tune_type": "dora" if isinstance(first, DoRALinear) else "lora",
-        "num_layers": -1,
-        "model": base_model,
-        "lora_parameters": {"rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers)},
-        "gemma_mlx": {
-            "format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "alpha": first.scale * rank,
-            "options": dict(options or {}),
-        },
+    own = {
+        "format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "options": dict(options or {}),
     }  # fmt: skip
+    config = {"fine_tune_type": "full", "num_layers": -1, "model": base_model, "gemma_mlx": own}
+    if layers:
+        first = next(iter(layers.values()))
+        rank = first.lora_a.shape[1]
+        config["fine_tune_type"] = "dora" if isinstance(first, DoRALinear) else "lora"
+        config["lora_parameters"] = {
+            "rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers),
+        }  # fmt: skip
+        own["alpha"] = first.scale * rank
+    if modules:
+        config["modules_to_save"] = modules
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ADAPTER_WEIGHTS, safetensors_bytes(lora_parameters(model)))
+    tensors = trained_parameters(model) if weights is None else weights
+    replace_whole(folder / ADAPTER_WEIGHTS, lambda f: mx.save_safetensors(str(f), tensors, metadata={"format": "mlx"}))
     write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
@@ -343,19 +342,21 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no adapter here ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are needed)")
     try:
         config = json.loads(path.read_text())
-        parameters = config["lora_parameters"]
+        kind, modules = config.get("fine_tune_type"), [str(m) for m in config.get("modules_to_save") or []]
+        parameters = {"rank": 1, "scale": 1.0, "keys": []} if kind == "full" else config["lora_parameters"]
         rank, scale, keys = int(parameters["rank"]), float(parameters["scale"]), list(parameters["keys"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
     version = (config.get("gemma_mlx") or {}).get("format", ADAPTER_FORMAT)
-    kind = config.get("fine_tune_type")
-    if kind not in ("lora", "dora") or version != ADAPTER_FORMAT or rank < 1 or not keys:
+    trained = modules if kind == "full" else keys
+    if kind not in ("lora", "dora", "full") or version != ADAPTER_FORMAT or rank < 1 or not trained:
         raise InputError(
-            f"{path}: expected a lora or dora adapter of format {ADAPTER_FORMAT}, found {kind!r} of "
-            f"format {version}, rank {rank}, {len(keys)} layers"
+            f"{path}: expected a lora, dora or full adapter of format {ADAPTER_FORMAT}, found {kind!r} of "
+            f"format {version}, rank {rank}, {len(trained)} layers"
         )
     dropout = float(parameters.get("dropout", 0.0))
-    return {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys, "dora": kind == "dora", "raw": config}
+    read = {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys, "dora": kind == "dora", "raw": config}
+    return read | {"modules": modules}
 
 
 def remembered_options(folder: str | Path | None) -> dict[str, Any]:
@@ -377,11 +378,15 @@ def _shapes(config: dict[str, Any], out: int, inner: int) -> dict[str, tuple[int
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Put the adapter of ``folder`` on a base model, in place; returns the adapted paths.
+    """Put the adapter of ``folder`` on a base model, in place; returns the paths with an adapter.
+
+    Modules that were trained in full get their weights, in the dtype that they have.
 
     Raises InputError, before anything changes, if a layer that it names does not exist or has other shapes, or if
     tensors are missing or left over.
     """
+    from gemma_mlx.full import put_full, saved_shapes
+
     folder = Path(folder)
     config = read_adapter_config(folder)
     try:
@@ -390,20 +395,26 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         raise InputError(f"{folder / ADAPTER_WEIGHTS}: not a safetensors file ({error})") from None
     paths = set(linear_paths(model))
     where = str(folder / ADAPTER_WEIGHTS)
+    needed = saved_shapes(model, config["modules"], str(folder / ADAPTER_CONFIG))
+    whole = set(needed)
     for key in config["keys"]:
         if key not in paths:
             raise InputError(f"{folder / ADAPTER_CONFIG}: the model has no linear layer {key}")
-        out, inner = linear_shape(_base_linear(model, key))
-        for leaf, shape in _shapes(config, out, inner).items():
-            tensor = weights.get(f"{key}.{leaf}")
-            if tensor is None:
-                raise InputError(f"{where}: tensor {key}.{leaf} is missing")
-            if tensor.shape != shape:
-                raise InputError(f"{where}: tensor {key}.{leaf} has shape {tensor.shape}, the model needs {shape}")
-    known = {f"{k}.{leaf}" for k in config["keys"] for leaf in _shapes(config, 0, 0)}
-    if extra := sorted(weights.keys() - known):
+        shapes = _shapes(config, *linear_shape(_base_linear(model, key)))
+        needed |= {f"{key}.{leaf}": shape for leaf, shape in shapes.items()}
+    for name, shape in needed.items():
+        tensor = weights.get(name)
+        if tensor is None:
+            raise InputError(f"{where}: tensor {name} is missing")
+        if tensor.shape != shape:
+            raise InputError(f"{where}: tensor {name} has shape {tensor.shape}, the model needs {shape}")
+    if extra := sorted(weights.keys() - needed.keys()):
         raise InputError(f"{where}: tensor {extra[0]} belongs to no layer that {ADAPTER_CONFIG} names")
-    alpha = config["scale"] * config["rank"]
-    apply_lora(model, config["keys"], config["rank"], alpha, config["dropout"], dora=config["dora"])
-    set_lora_parameters(model, weights, where)
+    if config["keys"]:
+        alpha = config["scale"] * config["rank"]
+        apply_lora(model, config["keys"], config["rank"], alpha, config["dropout"], dora=config["dora"])
+        set_lora_parameters(model, {name: w for name, w in weights.items() if name not in whole}, where)
+    else:
+        freeze_base(model)
+    put_full(model, config["modules"], weights)
     return config["keys"]

@@ -1,6 +1,6 @@
-"""One training step: batch in, gradients of the adapter out, compiled where it can be.
+"""One training step: batch in, gradients of what trains out, compiled where it can be.
 
-The functions that are compiled take everything that changes as arguments (adapter weights, arrays of the batch, the
+The functions that are compiled take everything that changes as arguments (trained weights, arrays of the batch, the
 dropout key) and have no hidden state. What needs concrete values (where the soft tokens lie, which positions have a
 label) is counted in numpy beforehand and passed as index arrays of few lengths.
 """
@@ -21,8 +21,9 @@ import numpy as np
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.flops import DecoderCost, Picked
+from gemma_mlx.full import trained_places
 from gemma_mlx.lanes import shared
-from gemma_mlx.lora import dropout_keys, lora_layers, lora_parameters
+from gemma_mlx.lora import dropout_keys, lora_layers
 from gemma_mlx.loss import POSITION_BUCKET, at_positions, label_positions, loss_sum
 from gemma_mlx.models.families import decoder_of
 from gemma_mlx.models.label_rows import LabelRows, label_rows
@@ -160,12 +161,12 @@ def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
 
 
 class Step:
-    """The functions of one training step over a model with adapters.
+    """The functions of one training step over a model with adapters, or with modules that train in full.
 
     ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 the rows of a batch are shared out to as many
-    threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers without an adapter are encoded outside
-    the function that is differentiated, where MLX's fused attention is available, and each medium only once while the
-    cache holds it.
+    threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers in which nothing trains are encoded
+    outside the function that is differentiated, where MLX's fused attention is available, and each medium only once
+    while the cache holds it.
 
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
@@ -180,6 +181,7 @@ class Step:
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
         self.layers = lora_layers(model)
+        self.places = trained_places(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.tables = tables_on_disk(model)
@@ -187,11 +189,11 @@ class Step:
         self.pick_labels = pick_labels and not self._dropout_from(self.cost.line)
         self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
-        adapted = {name for path in self.layers for name in path.split(".")}
+        trained = {part for name in self.places for part in name.split(".")}
         self.frozen = {
             kind: TowerCache(partial(self._features, kind), trim=not reads_padding(model.spec, kind))
             for kind in MEDIA
-            if (tower := module_names(kind)[0]) in model.model and tower not in adapted
+            if (tower := module_names(kind)[0]) in model.model and tower not in trained
         }
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
         self._gradients = wrap(mx.value_and_grad(self._training_loss))
@@ -262,14 +264,13 @@ class Step:
         return self._apply(weights, moments, grads, mx.array(1.0 / max(count, 1)), scalars)
 
     def install(self, weights: Weights) -> None:
-        """Put adapter tensors into the model's layers."""
-        for path, layer in self.layers.items():
-            for name in layer.TENSORS:
-                layer[name] = weights[f"{path}.{name}"]
+        """Put trained tensors into the model, each in the dtype that it has there."""
+        for name, place in self.places.items():
+            place.put(weights[name])
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call, then put the real weights back: tracing leaves its placeholders in the model."""
-        held = lora_parameters(self.model)
+        held = {name: place.get() for name, place in self.places.items()}
         try:
             return function(*arguments)
         finally:

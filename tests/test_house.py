@@ -26,6 +26,7 @@ FORBIDDEN = {
     "models/gemma3n/": ("gemma_mlx.models.gemma4", "gemma_mlx.models.gemma3", "gemma_mlx.data", "numpy.random"),
     "ops/": ("torch", "transformers", "gemma_mlx.data", "gemma_mlx.models", "gemma_mlx.loop", "gemma_mlx.lora"),
     "lora.py": ("torch", "gemma_mlx.loop", "gemma_mlx.data", "gemma_mlx.cli"),
+    "full.py": ("torch", "gemma_mlx.loop", "gemma_mlx.data", "gemma_mlx.cli"),
     "loss.py": ("torch", "gemma_mlx.loop", "gemma_mlx.data", "gemma_mlx.cli"),
     "loop.py": ("torch", "transformers", "gemma_mlx.cli", "click"),
 }

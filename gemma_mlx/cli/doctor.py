@@ -52,6 +52,9 @@ def report(found: Any, rank: int) -> list[str]:
         rows = [("--targets", "layers", f"adapter weights at --rank {rank}")]
         rows += [(name, f"{layers:,}", f"{weights:,}") for name, (layers, weights) in found.trainable.items()]
         lines += [*_aligned(rows), ""]
+        rows = [("--full", "modules", "weights")]
+        rows += [(name, f"{modules:,}", f"{weights:,}") for name, (modules, weights) in found.full.items()]
+        lines += [*_aligned(rows), ""]
         if found.by_name:
             lines.append(f"trainable if named in --targets: {', '.join(found.by_name)}")
         lines.append(f"never trained: {', '.join(found.frozen)}")

@@ -7,6 +7,8 @@ import math
 import os
 import struct
 import tempfile
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,17 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.models.families import build, float_dtype
 from gemma_mlx.models.gguf import gguf_weights
-from gemma_mlx.models.names import may_be_dropped, module_path, stored_name, to_mlx_axes, to_torch_axes
+from gemma_mlx.models.names import (
+    channels_last_parts,
+    may_be_dropped,
+    module_path,
+    part_of,
+    stored_name,
+    to_mlx_axes,
+    to_torch_axes,
+)
 from gemma_mlx.models.quantize import expect_packed, packing, put_module, quantize_model, quantized_paths
+from gemma_mlx.models.stacks import settle
 from gemma_mlx.models.tables import DISK_BYTES, TABLE, DiskTable, tables_on_disk
 from gemma_mlx.spec import AudioSpec, ModelSpec, read_spec
 
@@ -122,13 +133,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
-    """Module path -> (stored tensor, axes to transpose) for every parameter of the model.
-
-    Modules whose weights the files hold quantized become quantized ones.
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of all that the files hold.
 
     Raises:
-        InputError: a tensor is missing, has another shape, is stored twice, or is not expected.
+        InputError: a file is missing or damaged, or a tensor is in two.
     """
     stored: dict[str, StoredTensor] = {}
     for file in checkpoint_files(folder):
@@ -137,9 +146,52 @@ def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[
                 raise InputError(f"{file}: {tensor.name} is also in {stored[tensor.name].file.name}")
             stored[tensor.name] = tensor
     _indexed_names(folder, stored)
+    return stored
+
+
+def without_absent_media(spec: ModelSpec, names: Iterable[str], where: str | Path) -> ModelSpec:
+    """The spec without the media that config.json promises and a conversion leaves out whole; warns of it.
+
+    mlx-lm converts the text decoder alone and leaves `audio_config` where it is. Only files in MLX's spelling, or
+    quantized ones, are taken for conversions: in any other a tower that is not there is a tower that is missing.
+
+    Args:
+        spec: of config.json.
+        names: of all stored tensors.
+        where: for the warning.
+    """
+    names = set(names)
+    if "quantization" not in spec.config and not any(name.startswith("language_model.") for name in names):
+        return spec
+    held = {part_of(module_path(name)) for name in names}
+    parts = {"vision": ("vision_tower", "vision_embedder", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
+    absent = [
+        kind
+        for kind, modules in parts.items()
+        if getattr(spec, kind) is not None and held.isdisjoint(f"model.{module}" for module in modules)
+    ]
+    if not absent:
+        return spec
+    warnings.warn(f"{where}: this conversion holds nothing for {' and '.join(absent)}; loaded without", stacklevel=3)
+    config = spec.config | {f"{kind}_config": None for kind in absent}
+    return replace(spec, config=config, **dict.fromkeys(absent))
+
+
+def _match(
+    folder: Path, stored: dict[str, StoredTensor], model: Any, allow_unexpected: bool
+) -> dict[str, tuple[StoredTensor, tuple[int, ...] | None]]:
+    """Module path -> (stored tensor, axes to transpose) for every parameter of the model.
+
+    Modules whose weights the files hold quantized become quantized ones.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or is not expected.
+    """
     spec = model.spec
-    expect_packed(model, {module_path(t.name): t.shape for t in stored.values()}, spec.config, str(folder))
+    shapes = {module_path(t.name, spec.unified): t.shape for t in stored.values()}
+    expect_packed(model, shapes, spec.config, str(folder))
     wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+    channels_last = channels_last_parts(shapes, wanted)
     matched, unexpected = {}, []
     for tensor in stored.values():
         path = module_path(tensor.name, spec.unified)
@@ -147,7 +199,7 @@ def _match(folder: Path, model: Any, allow_unexpected: bool) -> dict[str, tuple[
             if not may_be_dropped(path, spec) and not may_be_dropped(tensor.name, spec):
                 unexpected.append(tensor.name)
             continue
-        axes = to_mlx_axes(path, tensor.shape, wanted[path])
+        axes = to_mlx_axes(path, tensor.shape, wanted[path], part_of(path) in channels_last)
         if axes is None and tensor.shape != wanted[path]:
             raise InputError(
                 f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but config.json makes it "
@@ -189,10 +241,10 @@ def _leave_on_disk(
 
 
 def _weights(
-    folder: Path, model: Any, dtype: mx.Dtype, allow_unexpected: bool, disk_bytes: int
+    folder: Path, stored: dict[str, StoredTensor], model: Any, dtype: mx.Dtype, allow_unexpected: bool, disk_bytes: int
 ) -> list[tuple[str, mx.array]]:
     """(module path, lazy weight) of every parameter, from safetensors."""
-    matched = _match(folder, model, allow_unexpected)
+    matched = _match(folder, stored, model, allow_unexpected)
     _leave_on_disk(model, matched, dtype, disk_bytes)
     files = {file: mx.load(str(file)) for file in {t.file for t, _ in matched.values()}}
     weights = []
@@ -217,7 +269,7 @@ def load_model(
 
     Args:
         folder: config.json with model.safetensors, or with an index and its shards; or a GGUF file of Gemma 3, which
-            is unpacked as it is read.
+            is unpacked as it is read. Of a conversion that leaves towers out, what it holds (with a warning).
         dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own on a GPU and float32 on a CPU.
         allow_unexpected: ignore tensors that the model has no place for. The key and value tensors that published
             files hold for layers that share another layer's are always ignored.
@@ -241,14 +293,18 @@ def load_model(
         raise InputError(f"vision_runs {vision_runs!r}: expected 'sliding' or 'all'")
     if hasattr(spec.text, "vision_runs"):
         spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
+    stored = {} if is_gguf(folder) else _stored(folder)
+    spec = without_absent_media(spec, stored, folder)
     target = chosen_dtype(dtype, spec)
     model = build(spec)
     if is_gguf(folder):
         wanted = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
         weights = gguf_weights(folder, wanted, target, allow_unexpected)
     else:
-        weights = _weights(folder, model, target, allow_unexpected, DISK_BYTES if disk_bytes is None else disk_bytes)
+        least = DISK_BYTES if disk_bytes is None else disk_bytes
+        weights = _weights(folder, stored, model, target, allow_unexpected, least)
     model.load_weights(weights)
+    settle(model)
     model.freeze()
     if quantize is not None:
         del weights  # they would keep every float weight that is packed now

@@ -66,7 +66,7 @@ class Gemma4Model(nn.Module):
             return self.project(kind, self.features(kind, values, where, index))
         values, where = mx.array(values), mx.array(where)
         if kind == "audio":
-            soft = self.embed_audio(values.astype(self.embed_audio.embedding_projection.weight.dtype))
+            soft = self.embed_audio(values.astype(self.language_model.norm.weight.dtype))
         else:
             soft = self.embed_vision(values, where)
         return mx.take(soft.reshape(-1, soft.shape[-1]), index, axis=0)

@@ -1,12 +1,13 @@
 """Checkpoint tensor names and layouts, and those of this library's modules.
 
 Module paths are transformers' names. Other spellings of the same checkpoint (MLX conversions without the leading
-``model.`` and with channels-last convolutions) are translated here.
+``model.``, with channels-last convolutions and with experts under ``switch_glu``) are translated here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from gemma_mlx.spec import ModelSpec
 
@@ -29,6 +30,7 @@ def module_path(name: str, unified: bool = False) -> str:
 
     `unified` for Gemma 4 12B, whose files and modules name the parts of the vision embedder differently.
     """
+    name = name.replace(".experts.switch_glu.", ".experts.")
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
     path = f"model.{name}" if name.startswith(_PARTS) else name
@@ -58,16 +60,43 @@ def may_be_dropped(name: str, spec: ModelSpec) -> bool:
     return bool(found) and spec.text.first_kv_shared_layer <= int(found[1]) < spec.text.num_hidden_layers
 
 
-def to_mlx_axes(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...] | None:
+def to_mlx_axes(
+    name: str, shape: tuple[int, ...], wanted: tuple[int, ...], channels_last: bool = False
+) -> tuple[int, ...] | None:
     """Axes that bring a checkpoint tensor to the module's layout; None where it stays as it is.
 
     Convolutions are [out, in, *kernel] in torch's layout and [out, *kernel, in] in MLX's. The shape tells which one a
-    file has; where both fit, torch's is taken.
+    file has; where both fit (3 × 3 on three colours), `channels_last` does.
     """
+    axes = _to_mlx(name, shape, wanted)
+    return None if channels_last and shape == wanted else axes
+
+
+def _to_mlx(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...] | None:
     if not _CONVOLUTION.search(name) or len(shape) != len(wanted) or len(shape) < 3:
         return None
     axes = (0, *range(2, len(shape)), 1)
     return axes if tuple(shape[a] for a in axes) == wanted else None
+
+
+def part_of(path: str) -> str:
+    """The part of the model that a path lies in, such as ``model.vision_tower``."""
+    return ".".join(path.split(".")[:2])
+
+
+def channels_last_parts(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The parts that a file holds in MLX's layout: those with a convolution that torch's layout does not explain.
+
+    Args:
+        stored: module path of each stored tensor -> its shape.
+        wanted: path of each of the model's tensors -> its shape.
+    """
+    return {
+        part_of(path)
+        for path, shape in stored.items()
+        if _CONVOLUTION.search(path) and len(shape) > 2 and shape == wanted.get(path)
+        and _to_mlx(path, shape, shape) is None
+    }  # fmt: skip
 
 
 def to_torch_axes(name: str, rank: int) -> tuple[int, ...] | None:

@@ -1,9 +1,11 @@
 """Which weights may be quantized, quantizing them after a load, and loading files that hold quantized ones.
 
 MLX's affine form: groups of consecutive inputs share a scale and a bias, w ≈ scale · q + bias with q of 4, 6 or 8
-bits. Only matrices of the text decoder are quantized. What stays in floating point: towers and their embedders (their
-clip bounds, relative positions and small widths do not bear it), norms and scalars, routers and AltUp's predictors
-(small, and everything depends on them), and matrices of fewer than `SMALL` weights.
+bits. Only matrices of the text decoder are quantized, stacks of experts among them. What stays in floating point:
+towers and their embedders (their clip bounds, relative positions and small widths do not bear it), norms and scalars,
+routers and AltUp's predictors (small, and everything depends on them), LAuReL's two narrow matrices (16 MB of E2B, and
+all that they say passes through 64 values), and matrices of fewer than `SMALL` weights. Conversions pack some of these
+too; they load as they are.
 """
 
 from __future__ import annotations
@@ -17,21 +19,23 @@ import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.names import module_path
+from gemma_mlx.models.stacks import ExpertStacks, PackedStack, Stack, float_stacks, settle
 
 BITS = (4, 6, 8)
 GROUP = 64
 """Weights that share a scale; 32 where the input size is no multiple of it."""
 SMALL = 4096
 FLOAT_PARTS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
-FLOAT_NAMES = ("router", "modality_router", "prediction_coefs", "correction_coefs", "relative_k_proj")
+FLOAT_NAMES = ("router", "modality_router", "prediction_coefs", "correction_coefs", "relative_k_proj", "laurel")
 
 _LOADABLE_BITS = (2, 3, 4, 5, 6, 8)
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+_FLOAT = (nn.Linear, nn.Embedding, Stack)
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, PackedStack)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How one matrix is stored: bits a weight, weights a group."""
+    """How one matrix, or stack of matrices, is stored: bits a weight, weights a group."""
 
     bits: int
     group_size: int
@@ -40,29 +44,33 @@ class Packed:
 def stays_float(path: str, module: nn.Module) -> str | None:
     """Why a module's weight is not quantized on load; None where it is."""
     parts = path.split(".")
-    if not isinstance(module, nn.Linear | nn.Embedding):
+    if not isinstance(module, _FLOAT):
         return "not a matrix"
     if any(part in parts for part in FLOAT_PARTS):
         return "a tower or its embedder"
     if any(part in parts for part in FLOAT_NAMES):
-        return "a router or a table of positions"
-    out, inner = module.weight.shape
-    if out * inner < SMALL:
+        return "small, and much depends on it"
+    inner = module.weight.shape[-1]
+    if module.weight.size < SMALL:
         return f"fewer than {SMALL} weights"
     return f"{inner} inputs are no multiple of 32" if inner % 32 else None
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = (nn.Linear, nn.Embedding, *_QUANTIZED)
-    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, _FLOAT + _QUANTIZED)}
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    node: Any = model
+    for part in path.split("."):
+        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
+    return node
 
 
 def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in the place of another."""
-    node: Any = model
-    *way, last = path.split(".")
-    for part in way:
-        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
+    owner, _, last = path.rpartition(".")
+    node = _at(model, owner) if owner else model
     if isinstance(node, list):
         node[int(last)] = module
     else:
@@ -81,10 +89,16 @@ def packing(model: nn.Module, path: str) -> dict[str, int]:
     return {} if form is None else {"group_size": form.group_size, "bits": form.bits}
 
 
+def group_of(inner: int) -> int:
+    """Weights a group, for rows of so many."""
+    return GROUP if inner % GROUP == 0 else 32
+
+
 def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> list[str]:
     """Quantize the decoder's matrices in place; returns their paths. The model stays frozen.
 
-    Each matrix is computed at once, so that the peak holds one in floating point beside what is already packed.
+    Each matrix (or stack of experts) is computed at once, so that the peak holds one in floating point beside what is
+    already packed.
 
     Args:
         bits: 4, 6 or 8.
@@ -99,13 +113,13 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
         path, form = next(iter(found.items()))
         held = f"{path}: {form.bits} bits"
         raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
-    done, modules, parts = [], _modules(model), set(parts)
-    for path in list(modules):
-        module = modules.pop(path)  # nothing else may hold the float weight
+    done, parts = [], set(parts)
+    for path in [*_modules(model), *float_stacks(model)]:
+        module = _at(model, path)
+        module = Stack(module) if isinstance(module, mx.array) else module
         if stays_float(path, module) or (parts and not parts.intersection(path.split("."))):
             continue
-        group = GROUP if module.weight.shape[1] % GROUP == 0 else 32
-        packed = module.to_quantized(group_size=group, bits=bits)
+        packed = module.to_quantized(group_size=group_of(module.weight.shape[-1]), bits=bits)
         mx.eval(packed.parameters())
         put_module(model, path, packed)
         done.append(path)
@@ -118,6 +132,8 @@ def expect_packed(
 ) -> int:
     """Make quantized modules of those that a file holds packed, in place, so that its tensors fit; how many they are.
 
+    Experts get the file's form too, packed or not; `stacks.settle` brings what is float back after the load.
+
     Bits and group follow from the shapes, matrix by matrix: conversions mix them.
 
     Args:
@@ -128,6 +144,9 @@ def expect_packed(
     Raises:
         InputError: a mode other than affine, or shapes that no number of bits explains.
     """
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertStacks):
+            module.expect(stored, path)
     modules, count = _modules(model), 0
     settings = config.get("quantization") or config.get("quantization_config") or {}
     settings = {module_path(key): value for key, value in settings.items()}
@@ -139,28 +158,34 @@ def expect_packed(
         mode = (own if isinstance(own, Mapping) else settings).get("mode", "affine")
         if mode != "affine" or f"{path}.biases" not in stored:
             raise InputError(f"{where}: {path} is quantized in mode {mode!r}; only 'affine' is supported")
-        out, inner = module.weight.shape
-        form = _form(inner, weight, scales)
-        if form is None or weight[0] != out:
+        shape = module.weight.shape
+        form = _form(shape, weight, scales)
+        if form is None:
             raise InputError(
-                f"{where}: {path}.weight {list(weight)} with scales {list(scales)} is no packing of {[out, inner]}"
+                f"{where}: {path}.weight {list(weight)} with scales {list(scales)} is no packing of {list(shape)}"
             )
-        kind = nn.QuantizedEmbedding if isinstance(module, nn.Embedding) else nn.QuantizedLinear
-        extra = {} if kind is nn.QuantizedEmbedding else {"bias": "bias" in module}
-        put_module(model, path, kind(*_sizes(kind, out, inner), group_size=form.group_size, bits=form.bits, **extra))
+        put_module(model, path, _empty(module, form))
         count += 1
     return count
 
 
-def _sizes(kind: type, out: int, inner: int) -> tuple[int, int]:
-    return (out, inner) if kind is nn.QuantizedEmbedding else (inner, out)
+def _empty(module: nn.Module, form: Packed) -> nn.Module:
+    """A quantized module in place of a float one, its weights still to be loaded."""
+    own = {"group_size": form.group_size, "bits": form.bits}
+    if isinstance(module, Stack):
+        return PackedStack(module.weight.shape, **own)
+    out, inner = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        return nn.QuantizedEmbedding(out, inner, **own)
+    return nn.QuantizedLinear(inner, out, bias="bias" in module, **own)
 
 
-def _form(inner: int, weight: tuple[int, ...], scales: tuple[int, ...]) -> Packed | None:
-    """The packing of rows of `inner` weights that has these shapes, or None."""
-    if len(weight) != 2 or len(scales) != 2 or weight[1] * 32 % inner or inner % scales[1]:
+def _form(shape: tuple[int, ...], weight: tuple[int, ...], scales: tuple[int, ...]) -> Packed | None:
+    """The packing of a weight of this shape that has these shapes, or None."""
+    *rows, inner = shape
+    if [*weight[:-1]] != rows or len(scales) != len(shape) or weight[-1] * 32 % inner or inner % (scales[-1] or 1):
         return None
-    form = Packed(weight[1] * 32 // inner, inner // scales[1])
+    form = Packed(weight[-1] * 32 // inner, inner // (scales[-1] or 1))
     return form if form.bits in _LOADABLE_BITS and form.group_size in (32, 64, 128) else None
 
 
@@ -168,16 +193,21 @@ def dequantize_model(model: nn.Module, dtype: mx.Dtype = mx.float32) -> list[str
     """Replace quantized matrices by the floating-point ones that they stand for, in place; returns their paths."""
     done = []
     for path, module in _modules(model).items():
-        if not isinstance(module, _QUANTIZED):
-            continue
-        weight = mx.dequantize(module.weight, module.scales, module.get("biases"), module.group_size, module.bits)
-        out, inner = weight.shape
-        kind = nn.Embedding if isinstance(module, nn.QuantizedEmbedding) else nn.Linear
-        plain = kind(out, inner) if kind is nn.Embedding else kind(inner, out, bias=False)
-        plain.weight = weight.astype(dtype)
-        if "bias" in module:
-            plain.bias = module.bias.astype(dtype)
-        put_module(model, path, plain)
-        done.append(path)
+        if isinstance(module, _QUANTIZED):
+            plain = module.to_float(dtype) if isinstance(module, PackedStack) else _plain(module, dtype)
+            put_module(model, path, plain)
+            done.append(path)
+    settle(model)
     model.freeze()
     return done
+
+
+def _plain(module: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype) -> nn.Module:
+    weight = mx.dequantize(module.weight, module.scales, module.get("biases"), module.group_size, module.bits)
+    out, inner = weight.shape
+    embeds = isinstance(module, nn.QuantizedEmbedding)
+    plain = nn.Embedding(out, inner) if embeds else nn.Linear(inner, out, bias=False)
+    plain.weight = weight.astype(dtype)
+    if "bias" in module:
+        plain.bias = module.bias.astype(dtype)
+    return plain

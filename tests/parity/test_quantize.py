@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_gemma3 as gemma3
-import torch
+from conversions import convert, replaced, unpacked
 from mlx.utils import tree_flatten
 from parity_cases import CASES, make_batch, random_lora, relative_differences
 from parity_pairs import Pair, copy_lora, our_gradients
@@ -17,38 +17,10 @@ from parity_pairs import Pair, copy_lora, our_gradients
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import apply_lora, linear_paths, linear_shape, lora_layers
 from gemma_mlx.models.load import load_model, save_model
-from gemma_mlx.models.quantize import quantize_model, quantized_paths, stays_float
+from gemma_mlx.models.quantize import quantize_model, quantized_paths
 from gemma_mlx.torch_backend import TorchBackend
 
 TOLERANCE, BOUND = 2e-4, 1e-3
-
-
-def unpack(weight, scales, biases, bits):
-    """float32 [out, in] of MLX's affine packing: a little-endian stream of `bits` each, a scale and a bias a group."""
-    weight, scales, biases = (np.array(a) for a in (weight, scales, biases))
-    stream = np.unpackbits(weight.view(np.uint8), axis=1, bitorder="little")
-    q = stream.reshape(len(weight), -1, bits) @ (1 << np.arange(bits))
-    grouped = q.reshape(*scales.shape, -1).astype(np.float32)
-    return (grouped * scales[..., None] + biases[..., None]).reshape(len(weight), -1).astype(np.float32)
-
-
-def unpacked(folder, bits):
-    """path -> float32 weight of every matrix that quantizing the checkpoint packs, computed apart from our loader."""
-    model, found = load_model(folder), {}
-    for path, module in model.named_modules():
-        if hasattr(module, "to_quantized") and not stays_float(path, module):
-            group = 64 if module.weight.shape[1] % 64 == 0 else 32
-            found[path] = unpack(*mx.quantize(module.weight, group, bits), bits)
-    return found
-
-
-def replaced(reference, weights, folder):
-    """transformers' model with these weights in place of its own, saved to `folder`."""
-    with torch.no_grad():
-        for path, value in weights.items():
-            reference.get_submodule(path).weight.copy_(torch.tensor(value))
-    reference.save_pretrained(folder)
-    return reference
 
 
 @pytest.fixture(scope="module")
@@ -101,39 +73,6 @@ def test_peak_of_quantizing_is_below_the_float_weights(tmp_path):
     peak = mx.get_peak_memory() - before
     assert peak < 0.3 * held, (peak, held)
     assert sum(a.nbytes for _, a in tree_flatten(model.parameters())) < 0.2 * held
-
-
-def convert(folder, out, bits, special=()):
-    """The checkpoint as mlx-community's conversions hold it: renamed, channels-last, the decoder packed.
-
-    Matrices that end with a name in `special` get 8 bits, and the config says so.
-    """
-    shutil.copytree(folder, out)
-    tensors, weights, quantization = dict(mx.load(str(out / "model.safetensors"))), {}, {"group_size": 32, "bits": bits}
-    unpacked_weights = {}
-    for name, array in tensors.items():
-        path = name.removesuffix(".weight")
-        renamed = name.removeprefix("model.").replace("language_model.", "language_model.model.")
-        if name.endswith("conv.weight"):
-            array = array.transpose(0, 2, 3, 1)
-        elif name.endswith("conv1d.weight"):
-            array = array.transpose(0, 2, 1)
-        inside = "language_model" in name and array.ndim == 2 and array.shape[1] % 32 == 0
-        if not inside:
-            weights[renamed] = mx.contiguous(array)
-            continue
-        own = 8 if path.endswith(tuple(special)) and special else bits
-        packed = mx.quantize(array, 32, own)
-        renamed = renamed.removesuffix(".weight")
-        weights |= {f"{renamed}.{leaf}": a for leaf, a in zip(("weight", "scales", "biases"), packed, strict=True)}
-        unpacked_weights[path] = unpack(*packed, own)
-        if own != bits:
-            quantization[renamed] = {"group_size": 32, "bits": own}
-    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
-    config = json.loads((out / "config.json").read_text())
-    config |= {"quantization": quantization, "quantization_config": quantization}
-    (out / "config.json").write_text(json.dumps(config))
-    return unpacked_weights
 
 
 @pytest.mark.parametrize("bits,special", [(4, ()), (6, ()), (8, ()), (4, ("down_proj", "embed_tokens"))])

@@ -31,11 +31,11 @@ VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_di
 EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16)
 
 
-def write_checkpoint(folder, kind):
+def write_checkpoint(folder, kind, text=()):
     write_files(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["text_config"] |= {**TEXT, **(EXPERTS if kind == "26B" else {})}
+    config["text_config"] |= {**TEXT, **(EXPERTS if kind == "26B" else {}), **dict(text)}
     config["vision_config"] |= VISION
     config["audio_config"] = None
     if kind == "12B":

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from gemma_mlx.__main__ import verbs
 from gemma_mlx.cli import door
+from gemma_mlx.full import train_fully, trained_parameters
 from gemma_mlx.inspection import examine
 from gemma_mlx.lora import apply_lora, lora_parameters
 from gemma_mlx.models.load import load_model
@@ -58,7 +59,15 @@ def test_adapters_are_those_that_training_would_put_on(whole, target):
     layers = len(apply_lora(model, target, rank=5))
     assert found.trainable[target] == (layers, sum(w.size for w in lora_parameters(model).values()))
     assert found.by_name == ["per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"]
-    assert {"layer_scalar", "input_min", "norm.weight"} <= set(found.frozen)
+    assert {"layer_scalar", "input_min", "embed_tokens_per_layer.weight"} <= set(found.frozen)
+    assert not {"norm.weight", "embed_tokens.weight", "conv.weight"} & set(found.frozen)
+
+
+@pytest.mark.parametrize("group", ["decoder", "vision", "audio", "embedders", "all"])
+def test_full_counts_are_those_that_training_would_free(whole, group):
+    found, model = examine(whole[1]), load_model(whole[1])
+    modules = train_fully(model, group)
+    assert found.full[group] == (len(modules), sum(w.size for w in trained_parameters(model).values()))
 
 
 def test_the_report(checkpoint_folder, capsys):

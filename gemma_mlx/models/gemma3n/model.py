@@ -42,7 +42,7 @@ class Embedder(nn.Module):
 
     def table(self) -> mx.array:
         """Embeddings [rows, text_dims] of the whole vocabulary, token `offset` first."""
-        x = self.embedding_projection(self.hard_embedding_norm(self.embedding.weight))
+        x = self.embedding_projection(self.hard_embedding_norm(self.embedding(mx.arange(self.rows))))
         return self.embedding_post_projection_norm(x)
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.models.stacks import DOWN, ExpertStacks
 from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import TextSpec
 
@@ -45,9 +46,9 @@ class Router(nn.Module):
         return chosen, weights * self.per_expert_scale.astype(mx.float32)[chosen]
 
 
-class Experts(nn.Module):
+class Experts(ExpertStacks):
     """Gated MLPs as stacks: `gate_up_proj` [experts, 2 · width, hidden] (gate rows first) and `down_proj` [experts,
-    hidden, width]."""
+    hidden, width]; see `ExpertStacks` for packed ones."""
 
     def __init__(self, spec: TextSpec):
         super().__init__()
@@ -68,19 +69,7 @@ class Experts(nn.Module):
         if sort := experts.size >= SORT_FROM:
             order = mx.argsort(experts)
             back, tokens, experts = mx.argsort(order), tokens[order], experts[order]
-        out = self._apply(x[tokens][:, None], experts, sort)[:, 0]
+        gate, up = self.gate_and_up(x[tokens][:, None], experts, sort)
+        out = self.through(DOWN, gated_gelu(gate, up), experts, sort)[:, 0]
         out = (out if back is None else out[back]).reshape(*shape[:-1], k, shape[-1])
         return (out.astype(mx.float32) * weights[..., None]).sum(axis=-2).astype(x.dtype)
-
-    def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        """x [n, 1, hidden], each row through its own expert."""
-
-        # MLX's gather_mm has only float32 on a CPU.
-        inner = mx.float32 if mx.default_device().type == mx.cpu else x.dtype
-
-        def linear(x: mx.array, weight: mx.array) -> mx.array:
-            x, weight, dtype = x.astype(inner), weight.astype(inner).swapaxes(-1, -2), x.dtype
-            return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=is_sorted).astype(dtype)
-
-        gate, up = mx.split(linear(x, self.gate_up_proj), 2, axis=-1)
-        return linear(gated_gelu(gate, up), self.down_proj)
