@@ -11,6 +11,7 @@ from gemma_mlx.config import TrainConfig, configure, read_yaml
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.full import train_fully, trained_parameters
 from gemma_mlx.loop import finetune
 from gemma_mlx.lora import apply_lora, lora_parameters, set_lora_parameters
 from gemma_mlx.loss import label_positions, loss_sum
@@ -71,6 +72,21 @@ def test_adapters_of_every_kind(checkpoint_folder, batch, kind):
         k: w + mx.array(0.1 * r.standard_normal(w.shape).astype(np.float32)) for k, w in lora_parameters(model).items()
     }
     set_lora_parameters(model, weights)
+    wanted, sums = Step(model, compiled=False, pick_labels=False).gradients(weights, batch, mx.random.key(0))
+    step = Step(model, compiled=False, recompute=1)
+    assert "columns" in step.prepare(batch).arrays
+    found, other = step.gradients(weights, batch, mx.random.key(0))
+    assert relative(other.loss, sums.loss) < 1e-6
+    assert max(relative(found[k], wanted[k]) for k in weights) < 1e-5
+
+
+def test_modules_that_train_in_full(checkpoint_folder, batch):
+    """Matrices below, at and above the line, and the tied embedding, beside no adapters."""
+    model = load_model(checkpoint_folder)
+    model.freeze()
+    line = model.spec.text.first_kv_shared_layer - 1
+    train_fully(model, f"layers.0.mlp,layers.{line}.self_attn,layers.{line + 1}.mlp,embed_tokens")
+    weights = trained_parameters(model)
     wanted, sums = Step(model, compiled=False, pick_labels=False).gradients(weights, batch, mx.random.key(0))
     step = Step(model, compiled=False, recompute=1)
     assert "columns" in step.prepare(batch).arrays
