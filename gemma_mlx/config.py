@@ -136,6 +136,18 @@ class TrainConfig:
         0, "int", "training", "Seed of the adapter, the order of rows, and dropout.", low=0, high=2**63 - 1
     )
 
+    label_positions: str = option(
+        "auto", "text", "memory",
+        "Compute the layers above the last one with keys and values of its own at label positions alone, where that is "
+        "exact and cheaper; off computes all positions.",
+        choices=("auto", "off"), resumable=True,
+    )  # fmt: skip
+    checkpoint_layers: int = option(
+        0, "int", "memory",
+        "Gradient checkpointing: the backward recomputes every N-th decoder layer (1: all, least memory; 0: none).",
+        low=0, resumable=True,
+    )  # fmt: skip
+
     eval_every: int = option(
         100, "int", "watching", "Steps between validations (0: at the end only).", low=0, resumable=True
     )
@@ -252,6 +264,8 @@ def convert(f: dataclasses.Field[Any], value: Any, label: str) -> Any:
         if rules["optional"]:
             return None
         raise InputError(f"{label}: expected {_expected(rules)}, got nothing")
+    if value is False and "off" in rules["choices"]:
+        value = "off"  # as YAML reads a bare `off`
     try:
         result = _CONVERTERS[rules["kind"]](value)
     except (ValueError, TypeError):

@@ -207,7 +207,10 @@ class Job:
         valid: Dataset | None, say: Reporter,
     ):  # fmt: skip
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
-        self.step = Step(model, config.clip, lanes=machine.lanes(config.batch_size))
+        self.step = Step(
+            model, config.clip, lanes=machine.lanes(config.batch_size),
+            pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
+        )  # fmt: skip
         self.weights: Weights = trained_parameters(model)
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id

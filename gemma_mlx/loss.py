@@ -33,16 +33,18 @@ def label_positions(labels: np.ndarray, multiple: int = POSITION_BUCKET) -> dict
     return result
 
 
-def loss_sum(
-    model: Any, hidden: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array]:
+def at_positions(hidden: mx.array, positions: mx.array) -> mx.array:
+    """Hidden states [B, T, H] -> those of ``label_positions``, [n, H]."""
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+def loss_sum(model: Any, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """(sum of cross entropies, number of correct argmaxes), float32 scalars.
 
-    ``hidden`` [B, T, H] are the states after the final norm; the rest as ``label_positions`` gives it. The head and
-    its softcap run at label positions only.
+    ``hidden`` [n, H] are the states after the final norm at label positions, where alone the head and its softcap run;
+    the rest as ``label_positions`` gives it.
     """
-    picked = hidden.reshape(-1, hidden.shape[-1])[positions]
-    logits = model.logits(picked).astype(mx.float32)
+    logits = model.logits(hidden).astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     losses = mx.logsumexp(logits, axis=-1) - chosen
     correct = mx.argmax(logits, axis=-1) == targets
@@ -52,6 +54,6 @@ def loss_sum(
 def loss_and_count(model: Any, inputs: dict[str, Any], labels: np.ndarray) -> tuple[mx.array, int, mx.array]:
     """(loss sum, label positions, correct argmaxes) of one batch: ``inputs`` as ``Batch.inputs`` gives them."""
     where = label_positions(labels)
-    hidden = model.hidden(**inputs)
-    total, correct = loss_sum(model, hidden, *(mx.array(where[k]) for k in ("positions", "targets", "weights")))
+    hidden = at_positions(model.hidden(**inputs), mx.array(where["positions"]))
+    total, correct = loss_sum(model, hidden, mx.array(where["targets"]), mx.array(where["weights"]))
     return total, int(where["weights"].sum()), correct

@@ -20,10 +20,13 @@ import numpy as np
 
 from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
+from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.full import trained_places
 from gemma_mlx.lanes import shared
 from gemma_mlx.lora import dropout_keys, lora_layers
-from gemma_mlx.loss import label_positions, loss_sum
+from gemma_mlx.loss import POSITION_BUCKET, at_positions, label_positions, loss_sum
+from gemma_mlx.models.families import decoder_of
+from gemma_mlx.models.label_rows import LabelRows, label_rows
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
 from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
@@ -33,6 +36,9 @@ COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
 """``off`` runs every step uncompiled."""
 SOFT_BUCKET = 64
 """Soft-token lists are padded to a multiple of this in compiled steps."""
+WORTH_PICKING = 0.9
+"""Layers above the line see label positions alone if that leaves at most this part of their FLOPs: below it gathering
+rows and masks costs more than it saves."""
 
 Arrays = dict[str, mx.array]
 _MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
@@ -132,7 +138,8 @@ def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
     Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
     """
     arrays: Arrays = {"input_ids": mx.array(batch.input_ids)}
-    arrays |= {name: mx.array(value) for name, value in label_positions(batch.labels).items()}
+    places = label_positions(batch.labels, POSITION_BUCKET if bucket > 1 else 1)
+    arrays |= {name: mx.array(value) for name, value in places.items()}
     if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
         arrays["mm_token_type_ids"] = mx.array(batch.mm_token_type_ids)
     for kind, names in MEDIA.items():
@@ -160,9 +167,16 @@ class Step:
     threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers in which nothing trains are encoded
     outside the function that is differentiated, where MLX's fused attention is available, and each medium only once
     while the cache holds it.
+
+    With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
+    that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
+    n-th decoder layer; 0 none.
     """
 
-    def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
+    def __init__(
+        self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1, pick_labels: bool = True,
+        recompute: int = 0,
+    ):  # fmt: skip
         self.model = model
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
@@ -171,6 +185,9 @@ class Step:
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
         self.tables = tables_on_disk(model)
+        self.cost = DecoderCost(model)
+        self.pick_labels = pick_labels and not self._dropout_from(self.cost.line)
+        self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
         trained = {part for name in self.places for part in name.split(".")}
         self.frozen = {
@@ -188,7 +205,24 @@ class Step:
         ready = prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
         if self.tables:
             ready.arrays["per_layer_rows"] = self.model.per_layer_rows(batch.input_ids)
+        if self.pick_labels:
+            ready.arrays |= self._label_rows(batch, ready)
         return ready
+
+    def _label_rows(self, batch: Batch, ready: Prepared) -> Arrays:
+        """The index arrays of ``LabelRows`` but ``flat``; none where they do not pay."""
+        rows, length = batch.input_ids.shape
+        flat = np.array(ready.arrays["positions"])
+        found = label_rows(flat, ready.labels, (rows, length), POSITION_BUCKET if self.compiled else 1)
+        picked = self.cost.upper(rows, length, Picked(len(flat), found["columns"].size))
+        if picked > WORTH_PICKING * self.cost.upper(rows, length):
+            return {}
+        return {name: mx.array(value) for name, value in found.items()}
+
+    def _dropout_from(self, line: int) -> bool:
+        """Whether an adapter in or above a decoder layer has dropout: its masks have the stream's shape."""
+        layers = decoder_of(self.model).layers[line:]
+        return any(adapter.dropout for layer in layers for adapter in lora_layers(layer).values())
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
@@ -242,21 +276,27 @@ class Step:
         finally:
             self.install(held)
 
-    def _loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
+    def _loss(
+        self, weights: Weights, arrays: Arrays, key: mx.array | None, recompute: int = 0
+    ) -> tuple[mx.array, mx.array]:
         self.install(weights)
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
             given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
-            hidden = self.model.hidden(arrays["input_ids"], **given, **soft)
-            return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
+            if "columns" in arrays:
+                given["labels"] = LabelRows(arrays["positions"], *map(arrays.get, ("columns", "grid", "back")))
+            hidden = self.model.hidden(arrays["input_ids"], recompute=recompute, **given, **soft)
+            if "columns" not in arrays:
+                hidden = at_positions(hidden, arrays["positions"])
+            return loss_sum(self.model, hidden, arrays["targets"], arrays["weights"])
 
     def _training_loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
         """The loss in train mode, in which Gemma 3n's AltUp bounds its coefficients."""
         mode = self.model.training
         self.model.train()
         try:
-            return self._loss(weights, arrays, key)
+            return self._loss(weights, arrays, key, self.recompute)
         finally:
             self.model.train(mode)
 

@@ -5,6 +5,6 @@ The families import these from here and never from each other.
 
 from __future__ import annotations
 
-from gemma_mlx.models.gemma4.text import MLP, KeysValues, Place, additive_mask, place, rope_periods, rotate
+from gemma_mlx.models.gemma4.text import MLP, KeysValues, Place, additive_mask, at_labels, place, rope_periods, rotate
 
-__all__ = ["MLP", "KeysValues", "Place", "additive_mask", "place", "rope_periods", "rotate"]
+__all__ = ["MLP", "KeysValues", "Place", "additive_mask", "at_labels", "place", "rope_periods", "rotate"]

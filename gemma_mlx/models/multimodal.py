@@ -14,6 +14,7 @@ from gemma_mlx.models.gemma4.audio import AudioTower
 from gemma_mlx.models.gemma4.text import TextModel, place
 from gemma_mlx.models.gemma4.unified import UnifiedVisionEmbedder
 from gemma_mlx.models.gemma4.vision import VisionTower
+from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import MultimodalEmbedder
 from gemma_mlx.models.media import MEDIA, module_names, soft_token_index
 from gemma_mlx.models.padding import host, known_valid
@@ -187,6 +188,8 @@ class Gemma4(nn.Module):
         video_soft_tokens: mx.array | None = None,
         per_layer_rows: mx.array | None = None,
         cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
         **media: Array,
     ) -> mx.array:
         """Hidden states [B, T, H] after the final norm.
@@ -195,7 +198,8 @@ class Gemma4(nn.Module):
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
         padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
         keys stay hidden. per_layer_rows: those of `per_layer_rows`, needed only where this call is traced and the table
-        lies on disk.
+        lies on disk. For a training step: with `labels` hidden states [N, H] at those positions alone, for a fraction
+        of the work; `recompute` n recomputes every n-th layer in the backward.
 
         Raises:
             InputError: the number of slots differs from the number of soft tokens, or media without a tower.
@@ -211,7 +215,7 @@ class Gemma4(nn.Module):
         valid = known_valid(attention_mask, input_ids.shape, cache)
         types = self._vision_types(mm_token_type_ids, input_ids.shape[1])
         where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, types)
-        return self.model.language_model(embeddings, per_layer, where, cache)
+        return self.model.language_model(embeddings, per_layer, where, cache, labels, recompute)
 
     def _vision_types(self, mm_token_type_ids: Array | None, length: int) -> mx.array | None:
         """Token types of the last `length` tokens, or None where they change nothing."""

@@ -11,6 +11,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.models.cache import Cache
 from gemma_mlx.models.decoder import place
 from gemma_mlx.models.gemma3.text import TextModel
+from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.padding import host, known_valid
 from gemma_mlx.spec import ModelSpec
 
@@ -43,9 +44,12 @@ class Gemma3(nn.Module):
         attention_mask: Any = None,
         mm_token_type_ids: Any = None,
         cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
         **media: Any,
     ) -> mx.array:
-        """Hidden states [B, T, H] after the final norm; padding and `cache` as in `Gemma4.hidden`.
+        """Hidden states [B, T, H] after the final norm; padding, `cache`, `labels` and `recompute` as in
+        `Gemma4.hidden`.
 
         Raises:
             InputError: an id beyond the vocabulary; media were given.
@@ -57,7 +61,7 @@ class Gemma3(nn.Module):
         embeddings = self.model.embed(mx.array(input_ids))
         valid = known_valid(attention_mask, input_ids.shape, cache)
         where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
-        return self.model(embeddings, where, cache)
+        return self.model(embeddings, where, cache, labels, recompute)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., H] -> float32 logits [..., V], softly capped where the checkpoint caps them."""

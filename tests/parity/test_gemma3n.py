@@ -17,7 +17,7 @@ from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.generation import answer_ids
 from gemma_mlx.lora import apply_lora, lora_layers, set_lora_parameters
-from gemma_mlx.loss import label_positions, loss_sum
+from gemma_mlx.loss import at_positions, label_positions, loss_and_count, loss_sum
 from gemma_mlx.models.load import load_model, save_model
 from gemma_mlx.spec import read_spec
 
@@ -123,10 +123,8 @@ def their_gradients(model, batch, pairs):
 
 def our_gradients(model, batch):
     def mean_loss(model):
-        at = label_positions(with_labels(batch))
-        hidden = model.hidden(**batch)
-        total, _ = loss_sum(model, hidden, *(mx.array(at[k]) for k in ("positions", "targets", "weights")))
-        return total / at["weights"].sum()
+        total, count, _ = loss_and_count(model, batch, with_labels(batch))
+        return total / count
 
     loss, grads = nn.value_and_grad(model, mean_loss)(model)
     flat = {name: np.array(g) for name, g in tree_flatten(grads)}
@@ -198,11 +196,10 @@ def test_altup_clamp_in_training(tmp_path):
     for layer in ours.model.language_model.layers:
         layer.altup.correction_coefs.unfreeze()
         layer.altup.prediction_coefs.unfreeze()
-    at = label_positions(with_labels(batch))
 
     def mean_loss(model):
-        places = (mx.array(at[k]) for k in ("positions", "targets", "weights"))
-        return loss_sum(model, model.hidden(**batch), *places)[0] / at["weights"].sum()
+        total, count, _ = loss_and_count(model, batch, with_labels(batch))
+        return total / count
 
     plain = float(mean_loss(load_model(tmp_path)))
     loss, grads = nn.value_and_grad(ours, mean_loss)(ours)
@@ -229,7 +226,7 @@ def test_training_loss_with_and_without_a_cache(pair):
     at = {k: mx.array(v) for k, v in label_positions(labels).items()}
 
     def loss(hidden):
-        return float(loss_sum(ours, hidden, at["positions"], at["targets"], at["weights"])[0])
+        return float(loss_sum(ours, at_positions(hidden, at["positions"]), at["targets"], at["weights"])[0])
 
     soft = ours.encode(input_features=batch["input_features"], input_features_mask=batch["input_features_mask"])
     ids, cache, parts = batch["input_ids"], ours.make_cache(), []

@@ -6,7 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
-from gemma_mlx.models.decoder import MLP, Place, rope_periods, rotate
+from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate
+from gemma_mlx.models.label_rows import LabelRows
+from gemma_mlx.models.recompute import recomputed
 from gemma_mlx.spec_gemma3 import Gemma3TextSpec
 
 
@@ -43,17 +45,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, spec.rms_norm_eps)
         self._periods = rope_periods(d, spec.rope_parameters[self.kind])
 
-    def __call__(self, x: mx.array, where: Place, cache: SlidingCache | FullCache | None = None) -> mx.array:
-        """x [B, T, hidden] -> [B, T, hidden]."""
-        batch, length, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)).swapaxes(1, 2)
-        k = self.k_norm(self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)).swapaxes(1, 2)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
-        q, k = (rotate(each, self._periods, where.positions) for each in (q, k))
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=where.masks[self.kind])
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+    def _heads(self, x: mx.array, heads: int) -> mx.array:
+        return x.reshape(*x.shape[:2], heads, self.head_dim)
+
+    def keys_values(self, x: mx.array, where: Place) -> KeysValues:
+        """Normed and rotated keys, and values, each [B, kv_heads, T, d]."""
+        k = self.k_norm(self._heads(self.k_proj(x), self.kv_heads)).swapaxes(1, 2)
+        v = self._heads(self.v_proj(x), self.kv_heads).swapaxes(1, 2)
+        return rotate(k, self._periods, where.positions), v
+
+    def __call__(self, x: mx.array, kv: KeysValues, where: Place) -> mx.array:
+        """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
+        q = self.q_norm(self._heads(self.q_proj(x), self.heads))
+        q = rotate(where.by_row(q).swapaxes(1, 2), self._periods, where.positions)
+        out = mx.fast.scaled_dot_product_attention(q, *kv, scale=self.scale, mask=where.masks[self.kind])
+        return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 
 class DecoderLayer(nn.Module):
@@ -69,9 +75,24 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
 
-    def __call__(self, x: mx.array, where: Place, cache: SlidingCache | FullCache | None = None) -> mx.array:
-        """x [B, T, hidden] -> the new stream; `cache` is this layer's."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), where, cache))
+    def __call__(
+        self,
+        x: mx.array,
+        where: Place,
+        cache: SlidingCache | FullCache | None = None,
+        picked: Place | None = None,
+    ) -> mx.array:
+        """x [B, T, hidden] -> the new stream; `cache` is this layer's.
+
+        `picked`: of the label positions, where the stream goes on with them alone once keys and values are made.
+        """
+        normed = self.input_layernorm(x)
+        kv = self.self_attn.keys_values(normed, where)
+        if cache is not None:
+            kv = cache.update(*kv)
+        if picked is not None:
+            where, x, normed = picked, picked.pick(x), picked.pick(normed)
+        x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -90,17 +111,30 @@ class TextModel(nn.Module):
         rows = self.embed_tokens(input_ids)
         return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
 
-    def __call__(self, embeddings: mx.array, where: Place, cache: Cache | None = None) -> mx.array:
+    def __call__(
+        self,
+        embeddings: mx.array,
+        where: Place,
+        cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
+    ) -> mx.array:
         """Embeddings [B, T, hidden] -> hidden states [B, T, hidden] after the final norm.
 
-        `where` as from `place`, made with the same `cache`.
+        Args:
+            where: as from `place`, made with the same `cache`.
+            labels: of a training loss: hidden states [N, hidden] of these positions alone. The last layer makes keys
+                and values for all positions, and goes on with these.
+            recompute: the gradient recomputes every such layer (1: all, 0: none) instead of keeping what it needs.
         """
-        x = embeddings
+        x, last = embeddings, len(self.layers) - 1
+        picked = at_labels(where, labels, x.shape[1], x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, where, None if cache is None else cache.layers[i])
+            run = recomputed(layer) if recompute and i % recompute == 0 else layer
+            x = run(x, where, None if cache is None else cache.layers[i], picked if i == last else None)
         if cache is not None:
             cache.offset += embeddings.shape[1]
-        return self.norm(x)
+        return self.norm(x if labels is None else x[0])
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""

@@ -13,6 +13,7 @@ from gemma_mlx.models.decoder import place
 from gemma_mlx.models.gemma3n.audio import AudioTower
 from gemma_mlx.models.gemma3n.text import TextModel
 from gemma_mlx.models.gemma3n.vision import VisionTower
+from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.models.multimodal import splice
 from gemma_mlx.models.padding import host, known_valid
@@ -178,9 +179,12 @@ class Gemma3n(nn.Module):
         audio_soft_tokens: mx.array | None = None,
         per_layer_rows: mx.array | None = None,
         cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
         **media: Any,
     ) -> mx.array:
-        """Hidden states [B, T, H] after the final norm; padding, `per_layer_rows` and `cache` as in `Gemma4.hidden`.
+        """Hidden states [B, T, H] after the final norm; padding, `per_layer_rows`, `cache`, `labels` and `recompute` as
+        in `Gemma4.hidden`.
 
         Raises:
             InputError: the number of slots differs from that of the soft tokens, an id beyond the vocabulary, media
@@ -199,7 +203,7 @@ class Gemma3n(nn.Module):
                 embeddings = splice(embeddings, ids == getattr(self.spec, f"{kind}_token_id"), tokens)
         valid = known_valid(attention_mask, ids.shape, cache)
         where = place(self.spec.text, ids.shape[1], embeddings.dtype, valid, cache)
-        return text(embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows), where, cache)
+        return text(embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows), where, cache, labels, recompute)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., H] -> float32 logits [..., V], softly capped."""

@@ -14,8 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
-from gemma_mlx.models.decoder import MLP, KeysValues, Place, rope_periods, rotate
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh
+from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate
+from gemma_mlx.models.label_rows import LabelRows
+from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.models.recompute import recomputed
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec_gemma3n import Gemma3nTextSpec
 
 _LEAST_MAGNITUDE = 1e-5
@@ -65,10 +68,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, kv: KeysValues, where: Place) -> mx.array:
         """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
-        q = self.q_norm(self._split(self.q_proj(x), self.heads)).swapaxes(1, 2)
-        q = rotate(q, self._periods, where.positions)
+        q = self.q_norm(self._split(self.q_proj(x), self.heads))
+        q = rotate(where.by_row(q).swapaxes(1, 2), self._periods, where.positions)
         out = mx.fast.scaled_dot_product_attention(q, *kv, scale=1.0, mask=where.masks[self.kind])
-        return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 
 def gaussian_top_k(x: mx.array, sparsity: float) -> mx.array:
@@ -92,7 +95,7 @@ class SparseMLP(MLP):
         gate = self.gate_proj(x)
         if self.sparsity > 0:
             gate = gaussian_top_k(gate, self.sparsity)
-        return self.down_proj(gelu_tanh(gate) * self.up_proj(x))
+        return self.down_proj(gated_gelu(gate, self.up_proj(x)))
 
 
 class Laurel(nn.Module):
@@ -178,6 +181,7 @@ class DecoderLayer(nn.Module):
         where: Place,
         kv: KeysValues | None = None,
         cache: SlidingCache | FullCache | None = None,
+        picked: Place | None = None,
     ) -> tuple[mx.array, KeysValues]:
         """One layer over streams [streams, B, T, hidden].
 
@@ -185,6 +189,7 @@ class DecoderLayer(nn.Module):
             per_layer_input: [B, T, hidden_size_per_layer_input], this layer's; added to all streams but the first.
             kv: the provider's keys and values where this layer shares them; None where it owns its own.
             cache: of this layer, where it owns its keys and values.
+            picked: of the label positions, where the streams go on with them alone once keys and values are made.
 
         Returns:
             The new streams, and the keys and values that were attended to.
@@ -195,6 +200,8 @@ class DecoderLayer(nn.Module):
             kv = self.self_attn.keys_values(normed, where)
             if cache is not None:
                 kv = cache.update(*kv)
+        if picked is not None:
+            where, predicted, normed, per_layer_input = picked, *map(picked.pick, (predicted, normed, per_layer_input))
         x = predicted[0] + self.post_attention_layernorm(self.self_attn(normed, kv, where))
         x = (x + self.laurel(normed)) / math.sqrt(2)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -202,7 +209,7 @@ class DecoderLayer(nn.Module):
         first = corrected[0]
         if self.correct_scale:
             first = first * self.altup.correct_output_scale.astype(first.dtype)
-        gated = gelu_tanh(self.per_layer_input_gate(first)) * per_layer_input
+        gated = gated_gelu(self.per_layer_input_gate(first), per_layer_input)
         added = self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return mx.concatenate([corrected[:1], corrected[1:] + added]), kv
 
@@ -248,27 +255,44 @@ class TextModel(nn.Module):
         return (self.per_layer_projection_norm(context) + rows) * _constant(2.0**-0.5, context)
 
     def __call__(
-        self, embeddings: mx.array, per_layer: mx.array, where: Place, cache: Cache | None = None
+        self,
+        embeddings: mx.array,
+        per_layer: mx.array,
+        where: Place,
+        cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
     ) -> mx.array:
         """Embeddings [B, T, hidden] (soft tokens spliced in) -> hidden states [B, T, hidden] after the final norm.
 
-        `per_layer` as from `per_layer_inputs`; `where` as from `place`, made with the same `cache`.
+        Args:
+            per_layer: as from `per_layer_inputs`.
+            where: as from `place`, made with the same `cache`.
+            labels: of a training loss: hidden states [N, hidden] of these positions alone. The last layer that owns
+                keys and values makes them for all positions, and goes on with these, in all streams.
+            recompute: the gradient recomputes every such layer (1: all, 0: none) instead of keeping what it needs.
         """
-        streams, shared = self.spread(embeddings), {}
+        streams, shared, last_owner = self.spread(embeddings), {}, self.spec.first_kv_shared_layer - 1
+        picked = at_labels(where, labels, embeddings.shape[1], embeddings.dtype)
         for i, layer in enumerate(self.layers):
             provider = self.spec.kv_provider(i)
-            streams, kv = layer(
+            run = recomputed(layer) if recompute and i % recompute == 0 else layer
+            streams, kv = run(
                 streams,
                 per_layer[:, :, i],
                 where,
                 kv=None if provider == i else shared[provider],
                 cache=None if cache is None or provider != i else cache.layers[i],
+                picked=picked if i == last_owner else None,
             )
             if provider == i:
                 shared[i] = kv
+            if picked is not None and i == last_owner:
+                where, per_layer = picked, picked.pick_layers(per_layer)
         if cache is not None:
             cache.offset += embeddings.shape[1]
-        return self.norm(self.gather(streams))
+        x = self.norm(self.gather(streams))
+        return x if labels is None else x[0]
 
     def spread(self, x: mx.array) -> mx.array:
         """[B, T, hidden] -> streams [streams, B, T, hidden]: itself, and projections of the same magnitude."""

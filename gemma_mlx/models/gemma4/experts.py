@@ -10,8 +10,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.models.stacks import DOWN, ExpertStacks
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import TextSpec
 
 SORT_FROM = 64
@@ -69,6 +70,6 @@ class Experts(ExpertStacks):
             order = mx.argsort(experts)
             back, tokens, experts = mx.argsort(order), tokens[order], experts[order]
         gate, up = self.gate_and_up(x[tokens][:, None], experts, sort)
-        out = self.through(DOWN, gelu_tanh(gate) * up, experts, sort)[:, 0]
+        out = self.through(DOWN, gated_gelu(gate, up), experts, sort)[:, 0]
         out = (out if back is None else out[back]).reshape(*shape[:-1], k, shape[-1])
         return (out.astype(mx.float32) * weights[..., None]).sum(axis=-2).astype(x.dtype)

@@ -14,7 +14,10 @@ import numpy as np
 
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
-from gemma_mlx.models.layers import BufferModule, RMSNorm, gelu_tanh
+from gemma_mlx.models.label_rows import LabelRows
+from gemma_mlx.models.layers import BufferModule, RMSNorm
+from gemma_mlx.models.recompute import recomputed
+from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
 
 KeysValues = tuple[mx.array, mx.array]
@@ -49,7 +52,8 @@ def rotate(x: mx.array, periods: mx.array, positions: int | mx.array) -> mx.arra
     """
     if isinstance(positions, int):
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
-    angles = positions[:, None, :, None].astype(mx.float32) / periods
+    # The reciprocal, as in mx.fast.rope: queries picked from a row turn exactly as they do within it.
+    angles = positions[:, None, :, None].astype(mx.float32) * mx.reciprocal(periods)
     cos, sin = mx.cos(angles), mx.sin(angles)
     a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -105,11 +109,49 @@ class Place:
     """Where the queries of one call stand, for every layer alike.
 
     `positions` as `rotate` takes them; `masks` by attention type as `scaled_dot_product_attention` takes them: None
-    (everything is seen), "causal" (lower right aligned) or an additive array.
+    (everything is seen), "causal" (lower right aligned) or an additive array. With `labels` the stream holds label
+    positions alone, [1, N, …], and positions and masks are by row: [B, n] and [B, 1, n, T].
     """
 
     positions: int | mx.array
     masks: dict[str, mx.array | str | None]
+    labels: LabelRows | None = None
+
+    def by_row(self, x: mx.array) -> mx.array:
+        """The stream's queries [B or 1, T, ...] as rows that can meet their keys."""
+        return x if self.labels is None else self.labels.by_row(x)
+
+    def in_stream(self, x: mx.array) -> mx.array:
+        """What attention gives [B, T, ...] in the stream's layout."""
+        return x if self.labels is None else self.labels.in_line(x)
+
+    def pick(self, x: mx.array | None) -> mx.array | None:
+        """Label positions of x [..., B, T, d], [..., 1, N, d]."""
+        return None if x is None else self.labels.pick(x)
+
+    def pick_layers(self, x: mx.array | None) -> mx.array | None:
+        """Label positions of per-layer inputs [B, T, layers, width], [1, N, layers, width]."""
+        return None if x is None else self.labels.pick(x.flatten(2)).reshape(1, -1, *x.shape[2:])
+
+
+def at_labels(where: Place, labels: LabelRows | None, length: int, dtype: mx.Dtype) -> Place | None:
+    """The place of label positions among all `length` positions of their rows, whose place is `where`."""
+    if labels is None:
+        return None
+    columns, positions = labels.columns, where.positions
+    masks: dict[str, mx.array | str | None] = {}
+    for kind, mask in where.masks.items():
+        if isinstance(mask, str):
+            masks[kind] = additive_mask(columns, mx.arange(length), None, None, dtype)
+        elif mask is None or mask.shape[0] == 1:
+            masks[kind] = None if mask is None else mask[0, 0][columns][:, None]
+        else:
+            masks[kind] = mx.take_along_axis(mask, columns[:, None, :, None], axis=2)
+    if isinstance(positions, int):
+        positions = columns + positions
+    else:
+        positions = mx.take_along_axis(mx.broadcast_to(positions, (columns.shape[0], length)), columns, axis=1)
+    return Place(positions, masks, labels)
 
 
 def place(
@@ -177,11 +219,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, kv: KeysValues, where: Place) -> mx.array:
         """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
-        batch, length, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)).swapaxes(1, 2)
-        q = rotate(q, self._periods, where.positions)
+        q = self.q_norm(self.q_proj(x).reshape(*x.shape[:2], self.heads, self.head_dim))
+        q = rotate(where.by_row(q).swapaxes(1, 2), self._periods, where.positions)
         out = mx.fast.scaled_dot_product_attention(q, *kv, scale=1.0, mask=where.masks[self.kind])
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+        return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -194,7 +235,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(BufferModule):
@@ -228,6 +269,7 @@ class DecoderLayer(BufferModule):
         where: Place,
         kv: KeysValues | None = None,
         cache: SlidingCache | FullCache | None = None,
+        picked: Place | None = None,
     ) -> tuple[mx.array, KeysValues]:
         """One layer over x [B, T, hidden].
 
@@ -235,6 +277,7 @@ class DecoderLayer(BufferModule):
             per_layer_input: [B, T, hidden_size_per_layer_input], this layer's share.
             kv: the provider's keys and values where this layer shares them; None where it owns its own.
             cache: of this layer, where it owns its keys and values.
+            picked: of the label positions, where the stream goes on with them alone once keys and values are made.
 
         Returns:
             The new stream, and the keys and values that were attended to.
@@ -244,13 +287,14 @@ class DecoderLayer(BufferModule):
             kv = self.self_attn.keys_values(normed, where)
             if cache is not None:
                 kv = cache.update(*kv)
+        if picked is not None:
+            where, x, normed, per_layer_input = picked, *map(picked.pick, (x, normed, per_layer_input))
         x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
         x = x + self.post_feedforward_layernorm(self._feed_forward(x))
         if per_layer_input is not None:
-            gated = gelu_tanh(self.per_layer_input_gate(x)) * per_layer_input
+            gated = gated_gelu(self.per_layer_input_gate(x), per_layer_input)
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return x * self.layer_scalar.astype(x.dtype), kv
-
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         """The MLP; where there are experts, plus what those give whom the router picks by the stream itself."""
@@ -300,27 +344,43 @@ class TextModel(nn.Module):
         return _scaled(context + rows, 2.0**-0.5)
 
     def __call__(
-        self, embeddings: mx.array, per_layer: mx.array | None, where: Place, cache: Cache | None = None
+        self,
+        embeddings: mx.array,
+        per_layer: mx.array | None,
+        where: Place,
+        cache: Cache | None = None,
+        labels: LabelRows | None = None,
+        recompute: int = 0,
     ) -> mx.array:
         """Embeddings [B, T, hidden] (soft tokens spliced in) -> hidden states [B, T, hidden] after the final norm.
 
-        `per_layer` as from `per_layer_inputs`; `where` as from `place`, made with the same `cache`.
+        Args:
+            per_layer: as from `per_layer_inputs`.
+            where: as from `place`, made with the same `cache`.
+            labels: of a training loss: hidden states [N, hidden] of these positions alone. The last layer that owns
+                keys and values makes them for all positions, and goes on with these.
+            recompute: the gradient recomputes every such layer (1: all, 0: none) instead of keeping what it needs.
         """
-        x, shared = embeddings, {}
+        x, shared, last_owner = embeddings, {}, self.spec.first_kv_shared_layer - 1
+        picked = at_labels(where, labels, x.shape[1], x.dtype)
         for i, layer in enumerate(self.layers):
             provider = self.spec.kv_provider(i)
-            x, kv = layer(
+            run = recomputed(layer) if recompute and i % recompute == 0 else layer
+            x, kv = run(
                 x,
                 None if per_layer is None else per_layer[:, :, i],
                 where,
                 kv=None if provider == i else shared[provider],
                 cache=None if cache is None or provider != i else cache.layers[i],
+                picked=picked if i == last_owner else None,
             )
             if provider == i:
                 shared[i] = kv
+            if picked is not None and i == last_owner:
+                where, per_layer = picked, picked.pick_layers(per_layer)
         if cache is not None:
             cache.offset += embeddings.shape[1]
-        return self.norm(x)
+        return self.norm(x if labels is None else x[0])
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
