@@ -158,11 +158,19 @@ class Step:
     ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 the rows of a batch are shared out to as many
     threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers without an adapter are encoded outside
     the function that is differentiated, where MLX's fused attention is available, and each medium only once while the
-    cache holds it.
+    cache holds it. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``.
     """
 
-    def __init__(self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1):
+    def __init__(
+        self,
+        model: Any,
+        clip: float = 0.0,
+        compiled: bool | None = None,
+        lanes: int = 1,
+        chunked_loss: bool | None = None,
+    ):
         self.model = model
+        self.chunked_loss = chunked_loss
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
         self.layers = lora_layers(model)
@@ -241,21 +249,24 @@ class Step:
         finally:
             self.install(held)
 
-    def _loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
+    def _loss(
+        self, weights: Weights, arrays: Arrays, key: mx.array | None, gradient: bool = False
+    ) -> tuple[mx.array, mx.array]:
         self.install(weights)
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
             given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
             hidden = self.model.hidden(arrays["input_ids"], **given, **soft)
-            return loss_sum(self.model, hidden, arrays["positions"], arrays["targets"], arrays["weights"])
+            where = (arrays[name] for name in ("positions", "targets", "weights"))
+            return loss_sum(self.model, hidden, *where, gradient=gradient, chunked=self.chunked_loss)
 
     def _training_loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
         """The loss in train mode, in which Gemma 3n's AltUp bounds its coefficients."""
         mode = self.model.training
         self.model.train()
         try:
-            return self._loss(weights, arrays, key)
+            return self._loss(weights, arrays, key, gradient=True)
         finally:
             self.model.train(mode)
 
