@@ -25,6 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 CHUNK = {"cpu": (512, 1 << 20), "gpu": (1024, 1 << 23)}
 """Device -> most positions, and most logits, of a chunk; some five float32 arrays of that many logits live at once."""
@@ -84,6 +85,8 @@ def target_scores(
     hidden: mx.array, targets: mx.array, head: Head, gradient: bool = True, chunk: tuple[int, int] | None = None
 ) -> tuple[mx.array, mx.array]:
     """(log-probability of each target, whether it is the argmax), both float32 [n], the second 1 or 0.
+
+    The argmax is the first among equals, before the cap: a cap keeps the order, but in float32 it makes equals.
 
     Args:
         hidden: [n, H], states after the final norm.
@@ -180,7 +183,8 @@ class _Scan:
         self.positions = max(1, min(count, chunk[0]))
         self.rows = min(head.vocabulary, max(64, chunk[1] // self.positions // 64 * 64))
         self.scale = (2.0 / head.cap if head.cap else 1.0) / _LN2
-        self.reach = 2.0 * head.cap / _LN2 if head.cap else math.inf
+        # Rounded as the chunks see it, so that the target's own logit is off by the same and not by 1e-6 from them.
+        self.reach = float(np.float32(2.0 * head.cap / _LN2)) if head.cap else math.inf
         self.fixed = self.reach <= _FIXED_RANGE
         self.steepest = 4.0 if head.cap else 1.0
 
@@ -266,7 +270,7 @@ class _Scan:
         """How far the reference lies above the target, as a natural logarithm."""
         if self.head.cap is None:
             return (sums["top"] - sums["target"]) * _LN2
-        target = self.head.cap * (mx.tanh(sums["target"] * (_LN2 / 2)) - 1.0)
+        target = self.reach * (_LN2 / 2) * (mx.tanh(sums["target"] * (_LN2 / 2)) - 1.0)
         return self.reference(sums["top"]) * _LN2 - target
 
     def mass(self, sums: Sums) -> mx.array:
