@@ -223,12 +223,19 @@ class _Scan:
         """In the products' dtype."""
         return gradient if self.wide else gradient.astype(self.dtype)
 
-    def blocks(self, arrays: Sequence[mx.array], done: list[mx.array]) -> Iterator[tuple[int, int, _Rows]]:
-        """(first row, number of rows, rows), each read after what ``done`` then holds."""
-        for start in range(0, self.head.vocabulary, self.rows):
+    def blocks(
+        self, arrays: Sequence[mx.array], done: list[mx.array]
+    ) -> Iterator[tuple[mx.array, int, _Rows]]:
+        """(first row int32 [1, 1], number of rows, rows), each read after what ``done`` then holds.
+
+        The first row is an array's entry: as a number it would make ``mx.compile`` build kernels for every block.
+        """
+        starts = mx.arange(0, self.head.vocabulary, self.rows)[:, None]
+        for i in range(starts.shape[0]):
+            start = i * self.rows
             size = min(self.rows, self.head.vocabulary - start)
             after = mx.depends(list(arrays), done) if done else arrays
-            yield start, size, _Rows(self.head, after, slice(start, start + size), self.wide)
+            yield starts[i : i + 1], size, _Rows(self.head, after, slice(start, start + size), self.wide)
 
     def forward(
         self, hidden: mx.array, targets: mx.array, arrays: Sequence[mx.array], gradient: bool = False
@@ -247,7 +254,7 @@ class _Scan:
         log_probs = -mx.logaddexp(gap, mx.zeros_like(gap))[:, 0]
         return log_probs, (total["index"][:, 0] == targets).astype(mx.float32), total
 
-    def _added(self, sums: Sums, scores: mx.array, targets: _Targets, start: int, rows: _Rows) -> Sums:
+    def _added(self, sums: Sums, scores: mx.array, targets: _Targets, start: mx.array, rows: _Rows) -> Sums:
         """Sums with one chunk of scores added, of which ``rows`` are the rows from ``start`` on."""
         index = mx.argmax(scores, axis=1, keepdims=True)
         highest = mx.take_along_axis(scores, index, axis=1)
