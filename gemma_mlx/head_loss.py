@@ -181,7 +181,10 @@ class _Scan:
         self.dtype = mx.result_type(hidden, head.arrays[-1])  # of the plain form's products
         self.wide = not self.on_gpu or self.dtype == mx.float16  # whose range the exponentials exceed
         self.positions = max(1, min(count, chunk[0]))
-        self.rows = min(head.vocabulary, max(64, chunk[1] // self.positions // 64 * 64))
+        rows = chunk[1] // self.positions
+        if self.wide and (head.packing or head.arrays[0].dtype != mx.float32):
+            rows = min(rows, 4 * chunk[1] // hidden.shape[1])  # converted, they take memory as the logits do
+        self.rows = min(head.vocabulary, max(64, rows // 64 * 64))
         self.scale = (2.0 / head.cap if head.cap else 1.0) / _LN2
         # Rounded as the chunks see it, so that the target's own logit is off by the same and not by 1e-6 from them.
         self.reach = float(np.float32(2.0 * head.cap / _LN2)) if head.cap else math.inf

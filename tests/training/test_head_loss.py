@@ -242,10 +242,10 @@ def test_which_heads_can_be_read():
     assert read_head(nn.Linear(8, 9), None) is None and read_head(nn.RMSNorm(8), None) is None
 
 
-def peak_mb(n, vocabulary, dims, trains=False):
+def peak_mb(n, vocabulary, dims, trains=False, dtype=mx.float32):
     mx.random.seed(0)
     hidden, targets = mx.random.normal((n, dims)), mx.random.randint(0, vocabulary, (n,))
-    weight = mx.random.normal((vocabulary, dims)) * 0.02
+    weight = (mx.random.normal((vocabulary, dims)) * 0.02).astype(dtype)
     mx.eval(hidden, targets, weight)
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -262,6 +262,11 @@ def test_chunks_do_not_pile_up():
     """126 MB of logits; a training head's gradient of 4 MB is there twice for a moment."""
     assert peak_mb(960, 32768, 32) < 40
     assert peak_mb(960, 32768, 32, trains=True) < 50
+
+
+def test_rows_of_a_bfloat16_head_are_converted_in_blocks():
+    """67 MB in float32, for two positions."""
+    assert peak_mb(2, 32768, 512, dtype=mx.bfloat16) < 40
 
 
 @pytest.mark.slow
