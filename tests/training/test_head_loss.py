@@ -259,14 +259,14 @@ def peak_mb(n, vocabulary, dims, trains=False, dtype=mx.float32):
 
 
 def test_chunks_do_not_pile_up():
-    """126 MB of logits; a training head's gradient of 4 MB is there twice for a moment."""
-    assert peak_mb(960, 32768, 32) < 40
-    assert peak_mb(960, 32768, 32, trains=True) < 50
+    """126 MB of logits; without the chain of dependencies these took 299 and 184 MB, with it 40 and 44."""
+    assert peak_mb(960, 32768, 32) < 80
+    assert peak_mb(960, 32768, 32, trains=True) < 80
 
 
 def test_rows_of_a_bfloat16_head_are_converted_in_blocks():
     """67 MB in float32, for two positions."""
-    assert peak_mb(2, 32768, 512, dtype=mx.bfloat16) < 40
+    assert peak_mb(2, 32768, 512, dtype=mx.bfloat16) < 55
 
 
 @pytest.mark.slow
