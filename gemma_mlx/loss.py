@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.head_loss import pays, read_head, target_scores
 
 POSITION_BUCKET = 32
 """Label positions are padded to a multiple of this, so that a compiled step sees few shapes."""
@@ -38,17 +39,42 @@ def at_positions(hidden: mx.array, positions: mx.array) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])[positions]
 
 
-def loss_sum(model: Any, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+def label_scores(
+    model: Any, hidden: mx.array, targets: mx.array, gradient: bool = True, chunked: bool | None = None
+) -> tuple[mx.array, mx.array]:
+    """(log-probability of each target, whether it is the argmax), float32 [n]; the second is 1 or 0.
+
+    Args:
+        model: has ``logits(hidden)``, and ``output_head()`` for the form in chunks.
+        hidden: [n, H], states after the final norm at label positions.
+        targets: int [n], token ids.
+        gradient: whether the result may be differentiated.
+        chunked: without the logits (``gemma_mlx.head_loss``), or with them; by default as ``pays`` decides.
+    """
+    head = read_head(*model.output_head()) if chunked is not False and hasattr(model, "output_head") else None
+    if head is not None and (chunked or pays(head, hidden.shape[0])):
+        return target_scores(hidden, targets, head, gradient)
+    logits = model.logits(hidden).astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    correct = (mx.argmax(logits, axis=-1) == targets).astype(mx.float32)
+    return chosen - mx.logsumexp(logits, axis=-1), correct
+
+
+def loss_sum(
+    model: Any,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    gradient: bool = True,
+    chunked: bool | None = None,
+) -> tuple[mx.array, mx.array]:
     """(sum of cross entropies, number of correct argmaxes), float32 scalars.
 
     ``hidden`` [n, H] are the states after the final norm at label positions, where alone the head and its softcap run;
-    the rest as ``label_positions`` gives it.
+    targets and weights as ``label_positions`` gives them; the rest as in ``label_scores``.
     """
-    logits = model.logits(hidden).astype(mx.float32)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    losses = mx.logsumexp(logits, axis=-1) - chosen
-    correct = mx.argmax(logits, axis=-1) == targets
-    return mx.sum(losses * weights), mx.sum(correct * weights)
+    log_probs, correct = label_scores(model, hidden, targets, gradient, chunked)
+    return -mx.sum(log_probs * weights), mx.sum(correct * weights)
 
 
 def loss_and_count(model: Any, inputs: dict[str, Any], labels: np.ndarray) -> tuple[mx.array, int, mx.array]:

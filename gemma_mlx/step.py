@@ -170,14 +170,15 @@ class Step:
 
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
-    n-th decoder layer; 0 none.
+    n-th decoder layer; 0 none. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``.
     """
 
     def __init__(
         self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1, pick_labels: bool = True,
-        recompute: int = 0,
+        recompute: int = 0, chunked_loss: bool | None = None,
     ):  # fmt: skip
         self.model = model
+        self.chunked_loss = chunked_loss
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
         self.layers = lora_layers(model)
@@ -277,7 +278,7 @@ class Step:
             self.install(held)
 
     def _loss(
-        self, weights: Weights, arrays: Arrays, key: mx.array | None, recompute: int = 0
+        self, weights: Weights, arrays: Arrays, key: mx.array | None, recompute: int = 0, gradient: bool = False
     ) -> tuple[mx.array, mx.array]:
         self.install(weights)
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
@@ -289,14 +290,14 @@ class Step:
             hidden = self.model.hidden(arrays["input_ids"], recompute=recompute, **given, **soft)
             if "columns" not in arrays:
                 hidden = at_positions(hidden, arrays["positions"])
-            return loss_sum(self.model, hidden, arrays["targets"], arrays["weights"])
+            return loss_sum(self.model, hidden, arrays["targets"], arrays["weights"], gradient, self.chunked_loss)
 
     def _training_loss(self, weights: Weights, arrays: Arrays, key: mx.array | None) -> tuple[mx.array, mx.array]:
         """The loss in train mode, in which Gemma 3n's AltUp bounds its coefficients."""
         mode = self.model.training
         self.model.train()
         try:
-            return self._loss(weights, arrays, key, self.recompute)
+            return self._loss(weights, arrays, key, self.recompute, gradient=True)
         finally:
             self.model.train(mode)
 

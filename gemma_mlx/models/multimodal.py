@@ -230,6 +230,10 @@ class Gemma4(nn.Module):
         """Hidden states [..., H] -> float32 logits [..., V], softly capped."""
         return self.model.language_model.logits(hidden)
 
+    def output_head(self) -> tuple[nn.Module, float | None]:
+        """(the tied embedding, the softcap or None): what `logits` is made of."""
+        return self.model.language_model.embed_tokens, self.spec.text.final_logit_softcapping
+
     def make_cache(self) -> Cache:
         """An empty cache for generation; pass it to every call of one conversation batch."""
         return Cache(self.spec.text)
