@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from gemma_mlx.data.template import TEXT
 from gemma_mlx.errors import InputError
 
 DATA = Path(__file__).parent / "demo" / "data"
-PICTURE = DATA / "digits" / "test_digits" / "1337.png", "Which digit is this?", "2"
-CLIP = DATA / "speech" / "test_nato" / "153_steph3.flac", "papa uniform november"
 BEYOND = 32
 """Tokens by which the text is longer than the window of the sliding layers, at least."""
 MOST_LOGITS = 128
@@ -45,6 +44,13 @@ class Sample:
     source: str
 
 
+def _built_in(name: str) -> tuple[Any, ...]:
+    """The first row of one of the demo's files: the path of its medium, and what its other columns say."""
+    with (DATA / name).open(newline="", encoding="utf-8") as file:
+        _, (path, *texts), *_ = csv.reader(file)
+    return DATA / path, *texts
+
+
 def make_samples(
     processor: Processor, audio: Path | None = None, transcript: str | None = None, image: Path | None = None
 ) -> list[Sample]:
@@ -66,11 +72,11 @@ def make_samples(
             raise InputError(f"{flag} {given}: this checkpoint has no {part} tower (no {part}_config in config.json)")
     samples = [_text_sample(processor)]
     if processor.spec.vision is not None:
-        path, question, answer = PICTURE if image is None else (image, DESCRIBE, None)
+        path, question, answer = _built_in("test_digits.csv") if image is None else (image, DESCRIBE, None)
         parts = (Image(path), Text(question))
         samples.append(_sample("image", processor, parts, answer, "built-in" if image is None else image.name))
     if processor.spec.audio is not None:
-        path, said = CLIP if audio is None else (audio, transcript)
+        path, said = _built_in("test_nato.csv") if audio is None else (audio, transcript)
         parts = (Text(TRANSCRIBE), Audio(path))
         samples.append(_sample("audio", processor, parts, said, "built-in" if audio is None else audio.name))
     return samples
