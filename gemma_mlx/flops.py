@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from gemma_mlx.lora import LoRALinear, linear_shape
-from gemma_mlx.models.families import decoder_of
 
 _KEYS_VALUES = ("k_proj", "v_proj")
 
@@ -78,7 +77,7 @@ class DecoderCost:
     """
 
     def __init__(self, model: Any):
-        text = decoder_of(model)
+        text = model.decoder
         self.layers = [layer_cost(layer, text.spec) for layer in text.layers]
         self.line = text.spec.first_kv_shared_layer - 1
 

@@ -17,7 +17,7 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
-from gemma_mlx.lanes import in_pieces, shared
+from gemma_mlx.lanes import edges, in_pieces, shared
 from gemma_mlx.models.media import MEDIA
 
 Sampler = Callable[[mx.array], mx.array]
@@ -125,8 +125,7 @@ def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
             continue
         count = len(inputs[names[0]])
         lanes = machine.lanes(count)
-        edges = [count * lane // lanes for lane in range(lanes + 1)]
-        parts = [{n: inputs[n][a:b] for n in names} for a, b in pairwise(edges)]
+        parts = [{n: inputs[n][a:b] for n in names} for a, b in pairwise(edges(count, lanes))]
         for part in _side_by_side(model, parts) if lanes > 1 else [model.encode(**parts[0])]:
             for name, tokens in part.items():
                 soft.setdefault(name, []).append(tokens)

@@ -80,6 +80,11 @@ class Lanes:
             thread.join()
 
 
+def edges(count: int, lanes: int) -> list[int]:
+    """0, …, ``count``: where to cut so many things into ``lanes`` runs of nearly equal length."""
+    return [count * lane // lanes for lane in range(lanes + 1)]
+
+
 @cache
 def shared(count: int) -> Lanes:
     """The process's own ``count`` lanes, the same ones at every call."""

@@ -31,7 +31,6 @@ from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.template import messages_of
 from gemma_mlx.errors import InputError
 from gemma_mlx.gguf_file import is_gguf
-from gemma_mlx.models.families import decoder_of
 from gemma_mlx.models.load import load_model
 from gemma_mlx.models.media import MEDIA, fixed_soft_tokens, module_names, soft_token_index
 from gemma_mlx.models.quantize import quantized_paths
@@ -255,7 +254,7 @@ def trace(model: Any, batch: Batch, positions: np.ndarray, encoder: Any = None) 
         if inputs.get(values) is not None:
             soft[f"{kind}_soft_tokens"] = _encode(encoder or model, kind, inputs[values], inputs.get(where), found)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    with _recorded(decoder_of(model), found):
+    with _recorded(model.decoder, found):
         hidden = model.hidden(**text, **soft)
     found["norm"] = _host(hidden)
     found["logits"] = _host(model.logits(hidden[:, mx.array(positions)]))

@@ -22,10 +22,9 @@ from gemma_mlx.batch import Batch
 from gemma_mlx.errors import InputError
 from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.full import trained_places
-from gemma_mlx.lanes import shared
+from gemma_mlx.lanes import edges, shared
 from gemma_mlx.lora import dropout_keys, lora_layers
 from gemma_mlx.loss import POSITION_BUCKET, at_positions, label_positions, loss_sum
-from gemma_mlx.models.families import decoder_of
 from gemma_mlx.models.label_rows import LabelRows, label_rows
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
 from gemma_mlx.models.tables import tables_on_disk
@@ -93,11 +92,11 @@ def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
     lanes = min(lanes, rows)
     if lanes <= 1:
         return [batch]
-    edges = [rows * i // lanes for i in range(lanes + 1)]
+    at = edges(rows, lanes)
     given = {kind: placing(batch, kind) for kind in MEDIA}
     soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
-    cuts = {kind: _media_edges(batch, counts, kind, edges, spec) for kind, counts in soft.items()}
-    return [_rows(batch, i, edges, cuts) for i in range(lanes)]
+    cuts = {kind: _media_edges(batch, counts, kind, at, spec) for kind, counts in soft.items()}
+    return [_rows(batch, i, at, cuts) for i in range(lanes)]
 
 
 def placing(batch: Batch, kind: str) -> np.ndarray | None:
@@ -106,17 +105,17 @@ def placing(batch: Batch, kind: str) -> np.ndarray | None:
     return values if where is None else where
 
 
-def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, edges: list[int], spec: Any) -> list[int]:
+def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, at: list[int], spec: Any) -> list[int]:
     """How many media of a kind lie in the rows before each edge."""
     if counts is None:
-        return [0] * len(edges)
+        return [0] * len(at)
     slots = (batch.input_ids == getattr(spec, f"{kind}_token_id")).sum(1)
     ends = np.cumsum(counts)
-    return [int(np.searchsorted(ends, slots[:edge].sum(), side="right")) if edge else 0 for edge in edges]
+    return [int(np.searchsorted(ends, slots[:edge].sum(), side="right")) if edge else 0 for edge in at]
 
 
-def _rows(batch: Batch, lane: int, edges: list[int], cuts: dict[str, list[int]]) -> Batch:
-    rows = slice(edges[lane], edges[lane + 1])
+def _rows(batch: Batch, lane: int, at: list[int], cuts: dict[str, list[int]]) -> Batch:
+    rows = slice(at[lane], at[lane + 1])
     parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
         parts[name] = getattr(batch, name)[rows]
@@ -222,7 +221,7 @@ class Step:
 
     def _dropout_from(self, line: int) -> bool:
         """Whether an adapter in or above a decoder layer has dropout: its masks have the stream's shape."""
-        layers = decoder_of(self.model).layers[line:]
+        layers = self.model.decoder.layers[line:]
         return any(adapter.dropout for layer in layers for adapter in lora_layers(layer).values())
 
     def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:

@@ -34,6 +34,15 @@ def _mel_filters() -> np.ndarray:
     return np.maximum(0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))
 
 
+def check_wave(wave: np.ndarray) -> None:
+    """Raise InputError unless it is one float32 axis."""
+    if wave.ndim != 1 or wave.dtype != np.float32:
+        raise InputError(
+            f"wrong sample format: audio of shape {wave.shape} and type {wave.dtype}; expected one float32 axis, "
+            "16 kHz mono in [-1, 1]"
+        )
+
+
 def log_mel(wave: np.ndarray) -> np.ndarray:
     """Log-mel frames of a clip, as transformers' ``Gemma4AudioFeatureExtractor`` gives them.
 
@@ -49,11 +58,7 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     Raises:
         InputError: another shape or type, or fewer than 161 samples.
     """
-    if wave.ndim != 1 or wave.dtype != np.float32:
-        raise InputError(
-            f"wrong sample format: audio of shape {wave.shape} and type {wave.dtype}; expected one float32 axis, "
-            "16 kHz mono in [-1, 1]"
-        )
+    check_wave(wave)
     frames = audio_frames(len(wave))
     if not frames:
         raise InputError(f"empty audio: {len(wave)} samples, at least 161 are needed")

@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 
+from gemma_mlx.data.features import check_wave
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES
 
@@ -71,11 +72,7 @@ def log_mel(wave: np.ndarray, soft_tokens: int = 188) -> Clip:
     Raises:
         InputError: another shape or type, or fewer than 513 samples.
     """
-    if wave.ndim != 1 or wave.dtype != np.float32:
-        raise InputError(
-            f"wrong sample format: audio of shape {wave.shape} and type {wave.dtype}; expected one float32 axis, "
-            "16 kHz mono in [-1, 1]"
-        )
+    check_wave(wave)
     wave = wave[:MAX_AUDIO_SAMPLES]
     if len(wave) <= _FRAME:
         raise InputError(f"audio too short: {len(wave)} samples, at least {_FRAME + 1} are needed")

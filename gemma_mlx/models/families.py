@@ -21,11 +21,6 @@ def build(spec: ModelSpec) -> Any:
     return Gemma3(spec) if isinstance(spec.text, Gemma3TextSpec) else Gemma4(spec)
 
 
-def decoder_of(model: Any) -> Any:
-    """The text decoder inside a model: `model.model.language_model`, or `model.model` where there are no towers."""
-    return getattr(model.model, "language_model", model.model)
-
-
 def float_dtype(model: Any) -> mx.Dtype:
     """The dtype of the weights that are not quantized."""
-    return decoder_of(model).norm.weight.dtype
+    return model.decoder.norm.weight.dtype

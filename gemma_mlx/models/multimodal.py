@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.models.base import CausalModel
 from gemma_mlx.models.cache import Cache
 from gemma_mlx.models.gemma4.audio import AudioTower
 from gemma_mlx.models.gemma4.text import TextModel, place
@@ -17,7 +18,7 @@ from gemma_mlx.models.gemma4.vision import VisionTower
 from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import MultimodalEmbedder
 from gemma_mlx.models.media import MEDIA, module_names, soft_token_index
-from gemma_mlx.models.padding import host, known_valid
+from gemma_mlx.models.padding import check_ids, host, known_valid
 from gemma_mlx.spec import ModelSpec
 
 Array = Any
@@ -80,7 +81,7 @@ class Gemma4Model(nn.Module):
         return self[module_names(kind)[1]](features)
 
 
-class Gemma4(nn.Module):
+class Gemma4(CausalModel):
     """Gemma 4 with its media (transformers' ``Gemma4ForConditionalGeneration`` and
     ``Gemma4UnifiedForConditionalGeneration``): module paths are their names.
 
@@ -126,21 +127,6 @@ class Gemma4(nn.Module):
             out[f"{kind}_soft_tokens"] = self.model.soft_tokens(kind, media[values], media[where], index)
         return out
 
-    def _check_ids(self, input_ids: np.ndarray | None, soft: dict[int, tuple[str, mx.array | None]]) -> None:
-        """Raise unless ids are in the vocabulary and each kind has as many slots as soft tokens. Not while tracing."""
-        if input_ids is None:
-            return
-        last = self.spec.text.vocab_size - 1
-        outside = input_ids[(input_ids < 0) | (input_ids > last)]
-        if outside.size:
-            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
-        for token_id, (name, tokens) in soft.items():
-            slots, found = int((input_ids == token_id).sum()), 0 if tokens is None else tokens.shape[0]
-            if slots != found:
-                raise InputError(
-                    f"input_ids have {slots} {name} slots (id {token_id}), but the media give {found} soft tokens"
-                )
-
     def embed(
         self,
         input_ids: Array,
@@ -160,7 +146,7 @@ class Gemma4(nn.Module):
             spec.audio_token_id: ("audio", audio_soft_tokens),
             spec.video_token_id: ("video", video_soft_tokens),
         }
-        self._check_ids(host(input_ids), soft)
+        check_ids(input_ids, spec.text.vocab_size, soft)
         ids = self._without_slots(mx.array(input_ids))
         embeddings = text.embed(ids)
         for token_id, (_, tokens) in soft.items():
@@ -225,19 +211,3 @@ class Gemma4(nn.Module):
         if known is not None and not np.isin(known[:, -length:], (1, 2)).any():
             return None
         return mx.array(mm_token_type_ids)[:, -length:].astype(mx.int32)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., H] -> float32 logits [..., V], softly capped."""
-        return self.model.language_model.logits(hidden)
-
-    def output_head(self) -> tuple[nn.Module, float | None]:
-        """(the tied embedding, the softcap or None): what `logits` is made of."""
-        return self.model.language_model.embed_tokens, self.spec.text.final_logit_softcapping
-
-    def make_cache(self) -> Cache:
-        """An empty cache for generation; pass it to every call of one conversation batch."""
-        return Cache(self.spec.text)
-
-    def __call__(self, input_ids: Array, cache: Cache | None = None, **inputs: Array) -> mx.array:
-        """Logits float32 [B, T, V]; arguments as for `hidden`."""
-        return self.logits(self.hidden(input_ids, cache=cache, **inputs))

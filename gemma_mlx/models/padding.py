@@ -1,12 +1,14 @@
-"""Which keys may be seen, from a batch's attention mask."""
+"""What is read of a batch's arrays where their values are known: ids that do not fit, keys that may be seen."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from gemma_mlx.errors import InputError
 from gemma_mlx.models.cache import Cache
 
 
@@ -18,6 +20,27 @@ def host(array: Any) -> np.ndarray | None:
         return np.array(array)
     except (ValueError, RuntimeError):  # inside mx.compile nothing may be evaluated
         return None
+
+
+def check_ids(input_ids: Any, vocab_size: int, soft: Mapping[int, tuple[str, mx.array | None]]) -> None:
+    """Raise InputError unless ids are in the vocabulary and each kind has as many slots as soft tokens.
+
+    Args:
+        input_ids: int [B, T]; not looked at while they are traced.
+        vocab_size: of the checkpoint.
+        soft: id of a kind's slots -> (its name, its soft tokens [n, H], None for none).
+    """
+    ids, last = host(input_ids), vocab_size - 1
+    if ids is None:
+        return
+    if (outside := ids[(ids < 0) | (ids > last)]).size:
+        raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
+    for token_id, (name, tokens) in soft.items():
+        slots, found = int((ids == token_id).sum()), 0 if tokens is None else tokens.shape[0]
+        if slots != found:
+            raise InputError(
+                f"input_ids have {slots} {name} slots (id {token_id}), but the media give {found} soft tokens"
+            )
 
 
 def known_valid(attention_mask: Any, shape: tuple[int, int], cache: Cache | None) -> mx.array | None:

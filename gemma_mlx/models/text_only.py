@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.models.base import CausalModel
 from gemma_mlx.models.cache import Cache
 from gemma_mlx.models.decoder import place
 from gemma_mlx.models.gemma3.text import TextModel
 from gemma_mlx.models.label_rows import LabelRows
-from gemma_mlx.models.padding import host, known_valid
+from gemma_mlx.models.padding import check_ids, known_valid
 from gemma_mlx.spec import ModelSpec
 
 
-class Gemma3(nn.Module):
+class Gemma3(CausalModel):
     """Gemma 3 for text (transformers' ``Gemma3ForCausalLM``): a checkpoint name is a module path.
 
     All methods take numpy or MLX arrays: input_ids int [B, T]; attention_mask [B, T], 1 on tokens. mm_token_type_ids
@@ -27,6 +27,11 @@ class Gemma3(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = TextModel(spec.text)
+
+    @property
+    def decoder(self) -> TextModel:
+        """The text decoder: all there is."""
+        return self.model
 
     def encode(self, **media: Any) -> dict[str, mx.array]:
         """No media, no soft tokens.
@@ -55,26 +60,8 @@ class Gemma3(nn.Module):
             InputError: an id beyond the vocabulary; media were given.
         """
         self.encode(**media)
-        ids, last = host(input_ids), self.spec.text.vocab_size - 1
-        if ids is not None and (outside := ids[(ids < 0) | (ids > last)]).size:
-            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
+        check_ids(input_ids, self.spec.text.vocab_size, {})
         embeddings = self.model.embed(mx.array(input_ids))
         valid = known_valid(attention_mask, input_ids.shape, cache)
         where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
         return self.model(embeddings, where, cache, labels, recompute)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., H] -> float32 logits [..., V], softly capped where the checkpoint caps them."""
-        return self.model.logits(hidden)
-
-    def output_head(self) -> tuple[nn.Module, float | None]:
-        """(the tied embedding, the softcap or None): what `logits` is made of."""
-        return self.model.embed_tokens, self.spec.text.final_logit_softcapping
-
-    def make_cache(self) -> Cache:
-        """An empty cache for generation; pass it to every call of one conversation batch."""
-        return Cache(self.spec.text)
-
-    def __call__(self, input_ids: Any, cache: Cache | None = None, **inputs: Any) -> mx.array:
-        """Logits float32 [B, T, V]; arguments as for `hidden`."""
-        return self.logits(self.hidden(input_ids, cache=cache, **inputs))

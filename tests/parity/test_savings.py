@@ -21,7 +21,6 @@ from parity_pairs import ALPHA, PATTERNS, RANK, copy_lora, make_adapted
 from gemma_mlx import step as step_module
 from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.lora import apply_lora, lora_layers, lora_parameters
-from gemma_mlx.models.families import decoder_of
 from gemma_mlx.models.load import load_model
 from gemma_mlx.step import Step, can_compile
 
@@ -190,7 +189,7 @@ def test_dropout_above_the_line_computes_all_positions(family):
     name, folder, _ = family
     model = adapted_model(folder, "decoder", dropout=0.3)
     assert not Step(model).pick_labels
-    decoder = decoder_of(model)
+    decoder = model.decoder
     line = decoder.spec.first_kv_shared_layer - 1
     for adapter in (a for layer in decoder.layers[line:] for a in lora_layers(layer).values()):
         adapter.dropout = 0.0
@@ -215,7 +214,7 @@ def test_recomputing_keeps_the_training_mode(tmp_path):
 def test_a_second_run_starts_from_the_same_model(family):
     """Nothing stays behind, on the model or on its classes: a step after others gives what it gave before."""
     name, _, model = family
-    batch, kind = ragged(name), type(decoder_of(model).layers[0])
+    batch, kind = ragged(name), type(model.decoder.layers[0])
     before, methods = lora_parameters(model), dict(vars(kind))
     first = gradients(Step(model, compiled=False, recompute=1), batch)
     for _ in range(2):

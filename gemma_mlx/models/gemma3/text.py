@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from gemma_mlx.models.base import TiedDecoder
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate
 from gemma_mlx.models.label_rows import LabelRows
@@ -96,7 +97,7 @@ class DecoderLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class TextModel(nn.Module):
+class TextModel(TiedDecoder):
     """Embeddings, decoder layers, final norm and the tied head."""
 
     def __init__(self, spec: Gemma3TextSpec):
@@ -105,11 +106,6 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = [DecoderLayer(spec, i) for i in range(spec.num_hidden_layers)]
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-
-    def embed(self, input_ids: mx.array) -> mx.array:
-        """Token embeddings [B, T, hidden] times sqrt(hidden), which is rounded to the weights' dtype first."""
-        rows = self.embed_tokens(input_ids)
-        return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
 
     def __call__(
         self,
@@ -135,9 +131,3 @@ class TextModel(nn.Module):
         if cache is not None:
             cache.offset += embeddings.shape[1]
         return self.norm(x if labels is None else x[0])
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
-        out = self.embed_tokens.as_linear(hidden).astype(mx.float32)
-        cap = self.spec.final_logit_softcapping
-        return out if cap is None else mx.tanh(out / cap) * cap

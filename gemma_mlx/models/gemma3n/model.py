@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.models.base import CausalModel
 from gemma_mlx.models.cache import Cache
 from gemma_mlx.models.decoder import place
 from gemma_mlx.models.gemma3n.audio import AudioTower
@@ -16,7 +17,7 @@ from gemma_mlx.models.gemma3n.vision import VisionTower
 from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.models.multimodal import splice
-from gemma_mlx.models.padding import host, known_valid
+from gemma_mlx.models.padding import check_ids, known_valid
 from gemma_mlx.spec_gemma3n import Gemma3nAudioSpec, Gemma3nSpec, Gemma3nVisionSpec
 
 
@@ -110,7 +111,7 @@ class Gemma3nModel(nn.Module):
         return embeddings
 
 
-class Gemma3n(nn.Module):
+class Gemma3n(CausalModel):
     """Gemma 3n (transformers' ``Gemma3nForConditionalGeneration``): a checkpoint name is a module path.
 
     All methods take numpy or MLX arrays named as in transformers' forward: input_ids int [B, T]; attention_mask [B, T],
@@ -151,21 +152,6 @@ class Gemma3n(nn.Module):
             out[f"{kind}_soft_tokens"] = self.model.soft_tokens(kind, values, where)
         return out
 
-    def _check_ids(self, input_ids: Any, soft: dict[str, mx.array]) -> None:
-        ids, last = host(input_ids), self.spec.text.vocab_size - 1
-        if ids is None:
-            return
-        if (outside := ids[(ids < 0) | (ids > last)]).size:
-            raise InputError(f"input_ids hold {outside[0]}; this checkpoint's ids are 0 to {last}")
-        for kind, tokens in soft.items():
-            token_id = getattr(self.spec, f"{kind}_token_id")
-            slots = int((ids == token_id).sum())
-            if tokens is not None and tokens.shape[0] != slots:
-                raise InputError(
-                    f"input_ids have {slots} {kind} slots (id {token_id}), but the media give {tokens.shape[0]} soft "
-                    "tokens"
-                )
-
     def per_layer_rows(self, input_ids: Any) -> mx.array:
         """Rows [B, T, layers · width] of the per-layer table for `hidden`, read here where it lies on disk."""
         return self.model.language_model.per_layer_rows(mx.array(input_ids))
@@ -195,7 +181,8 @@ class Gemma3n(nn.Module):
             "image": encoded.get("image_soft_tokens", image_soft_tokens),
             "audio": encoded.get("audio_soft_tokens", audio_soft_tokens),
         }
-        self._check_ids(input_ids, soft)
+        given = {getattr(self.spec, f"{kind}_token_id"): (kind, t) for kind, t in soft.items() if t is not None}
+        check_ids(input_ids, self.spec.text.vocab_size, given)
         ids, text = mx.array(input_ids), self.model.language_model
         embeddings = self.model.embed(ids)
         for kind, tokens in soft.items():
@@ -204,19 +191,3 @@ class Gemma3n(nn.Module):
         valid = known_valid(attention_mask, ids.shape, cache)
         where = place(self.spec.text, ids.shape[1], embeddings.dtype, valid, cache)
         return text(embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows), where, cache, labels, recompute)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., H] -> float32 logits [..., V], softly capped."""
-        return self.model.language_model.logits(hidden)
-
-    def output_head(self) -> tuple[nn.Module, float | None]:
-        """(the tied embedding, the softcap or None): what `logits` is made of."""
-        return self.model.language_model.embed_tokens, self.spec.text.final_logit_softcapping
-
-    def make_cache(self) -> Cache:
-        """An empty cache for generation; pass it to every call of one conversation batch."""
-        return Cache(self.spec.text)
-
-    def __call__(self, input_ids: Any, cache: Cache | None = None, **inputs: Any) -> mx.array:
-        """Logits float32 [B, T, V]; arguments as for `hidden`."""
-        return self.logits(self.hidden(input_ids, cache=cache, **inputs))

@@ -13,11 +13,11 @@ from statistics import NormalDist
 import mlx.core as mx
 import mlx.nn as nn
 
+from gemma_mlx.models.base import TiedDecoder
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
-from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate
+from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate, through_layers
 from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import RMSNorm
-from gemma_mlx.models.recompute import recomputed
 from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec_gemma3n import Gemma3nTextSpec
 
@@ -214,7 +214,7 @@ class DecoderLayer(nn.Module):
         return mx.concatenate([corrected[:1], corrected[1:] + added]), kv
 
 
-class TextModel(nn.Module):
+class TextModel(TiedDecoder):
     """Embeddings, per-layer embeddings, streams, decoder layers, final norm and the tied head."""
 
     def __init__(self, spec: Gemma3nTextSpec):
@@ -230,11 +230,6 @@ class TextModel(nn.Module):
         others = range(1, spec.altup_num_inputs)
         self.altup_projections = [nn.Linear(hidden, hidden, bias=False) for _ in others]
         self.altup_unembed_projections = [nn.Linear(hidden, hidden, bias=False) for _ in others]
-
-    def embed(self, input_ids: mx.array) -> mx.array:
-        """Token embeddings [B, T, hidden] times sqrt(hidden), which is rounded to the weights' dtype first."""
-        rows = self.embed_tokens(input_ids)
-        return rows * _constant(self.spec.hidden_size**0.5, rows)
 
     def per_layer_rows(self, input_ids: mx.array) -> mx.array:
         """Rows [B, T, layers · width] by token id; ids beyond the table (vision's and audio's) take row 0."""
@@ -272,23 +267,8 @@ class TextModel(nn.Module):
                 keys and values makes them for all positions, and goes on with these, in all streams.
             recompute: the gradient recomputes every such layer (1: all, 0: none) instead of keeping what it needs.
         """
-        streams, shared, last_owner = self.spread(embeddings), {}, self.spec.first_kv_shared_layer - 1
-        picked = at_labels(where, labels, embeddings.shape[1], embeddings.dtype)
-        for i, layer in enumerate(self.layers):
-            provider = self.spec.kv_provider(i)
-            run = recomputed(layer) if recompute and i % recompute == 0 else layer
-            streams, kv = run(
-                streams,
-                per_layer[:, :, i],
-                where,
-                kv=None if provider == i else shared[provider],
-                cache=None if cache is None or provider != i else cache.layers[i],
-                picked=picked if i == last_owner else None,
-            )
-            if provider == i:
-                shared[i] = kv
-            if picked is not None and i == last_owner:
-                where, per_layer = picked, picked.pick_layers(per_layer)
+        picked, streams = at_labels(where, labels, embeddings.shape[1], embeddings.dtype), self.spread(embeddings)
+        streams = through_layers(self.layers, self.spec, streams, per_layer, where, cache, picked, recompute)
         if cache is not None:
             cache.offset += embeddings.shape[1]
         x = self.norm(self.gather(streams))
@@ -304,9 +284,3 @@ class TextModel(nn.Module):
         target = mx.sqrt(_mean_square(streams[0]))
         pairs = zip(self.altup_unembed_projections, streams[1:], strict=True)
         return mx.mean(mx.stack([streams[0], *(rescaled(project(s), target) for project, s in pairs)]), axis=0)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
-        out = self.embed_tokens.as_linear(hidden).astype(mx.float32)
-        cap = self.spec.final_logit_softcapping
-        return out if cap is None else mx.tanh(out / cap) * cap

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mlx.models.base import TiedDecoder
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
 from gemma_mlx.models.label_rows import LabelRows
@@ -305,7 +306,42 @@ class DecoderLayer(BufferModule):
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(chosen)
 
 
-class TextModel(nn.Module):
+def through_layers(
+    layers: list[nn.Module],
+    spec: TextSpec,
+    x: mx.array,
+    per_layer: mx.array | None,
+    where: Place,
+    cache: Cache | None,
+    picked: Place | None,
+    recompute: int,
+) -> mx.array:
+    """The stream x (Gemma 3n: streams) through layers of which the upper ones share keys and values.
+
+    `picked`: as from `at_labels`; the last layer that owns keys and values makes them for all positions, and goes on
+    with these. The rest as for `TextModel`.
+    """
+    shared: dict[int, KeysValues] = {}
+    last_owner = spec.first_kv_shared_layer - 1
+    for i, layer in enumerate(layers):
+        provider = spec.kv_provider(i)
+        run = recomputed(layer) if recompute and i % recompute == 0 else layer
+        x, kv = run(
+            x,
+            None if per_layer is None else per_layer[:, :, i],
+            where,
+            kv=None if provider == i else shared[provider],
+            cache=None if cache is None or provider != i else cache.layers[i],
+            picked=picked if i == last_owner else None,
+        )
+        if provider == i:
+            shared[i] = kv
+        if picked is not None and i == last_owner:
+            where, per_layer = picked, picked.pick_layers(per_layer)
+    return x
+
+
+class TextModel(TiedDecoder):
     """Embeddings, per-layer embeddings, decoder layers, final norm and the tied head."""
 
     def __init__(self, spec: TextSpec):
@@ -319,11 +355,6 @@ class TextModel(nn.Module):
             self.embed_tokens_per_layer = nn.Embedding(spec.vocab_size_per_layer_input, packed)
             self.per_layer_model_projection = nn.Linear(spec.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(width, spec.rms_norm_eps)
-
-    def embed(self, input_ids: mx.array) -> mx.array:
-        """Token embeddings [B, T, hidden] times sqrt(hidden), which is rounded to the weights' dtype first."""
-        rows = self.embed_tokens(input_ids)
-        return rows * mx.array(self.spec.hidden_size**0.5, rows.dtype)
 
     def per_layer_inputs(
         self, input_ids: mx.array, embeddings: mx.array, rows: mx.array | None = None
@@ -361,29 +392,8 @@ class TextModel(nn.Module):
                 keys and values makes them for all positions, and goes on with these.
             recompute: the gradient recomputes every such layer (1: all, 0: none) instead of keeping what it needs.
         """
-        x, shared, last_owner = embeddings, {}, self.spec.first_kv_shared_layer - 1
-        picked = at_labels(where, labels, x.shape[1], x.dtype)
-        for i, layer in enumerate(self.layers):
-            provider = self.spec.kv_provider(i)
-            run = recomputed(layer) if recompute and i % recompute == 0 else layer
-            x, kv = run(
-                x,
-                None if per_layer is None else per_layer[:, :, i],
-                where,
-                kv=None if provider == i else shared[provider],
-                cache=None if cache is None or provider != i else cache.layers[i],
-                picked=picked if i == last_owner else None,
-            )
-            if provider == i:
-                shared[i] = kv
-            if picked is not None and i == last_owner:
-                where, per_layer = picked, picked.pick_layers(per_layer)
+        picked = at_labels(where, labels, embeddings.shape[1], embeddings.dtype)
+        x = through_layers(self.layers, self.spec, embeddings, per_layer, where, cache, picked, recompute)
         if cache is not None:
             cache.offset += embeddings.shape[1]
         return self.norm(x if labels is None else x[0])
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states [..., hidden] -> float32 logits [..., vocab] through the tied head, softly capped."""
-        out = self.embed_tokens.as_linear(hidden).astype(mx.float32)
-        cap = self.spec.final_logit_softcapping
-        return out if cap is None else mx.tanh(out / cap) * cap
