@@ -13,7 +13,7 @@ from parity_cases import audio as clip
 from parity_pairs import ALPHA, PATTERNS, RANK, TARGETS, copy_lora
 
 from gemma_mlx import head_loss
-from gemma_mlx.batch import IGNORE_INDEX
+from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.lora import apply_lora, lora_layers, lora_parameters
 from gemma_mlx.loss import at_positions, label_positions, loss_sum
 from gemma_mlx.models.load import load_model
@@ -63,6 +63,15 @@ def ragged(name):
         return [(batch.inputs(), batch.labels) for batch in batches]
     text = [batch["attention_mask"] * (batch["input_ids"] < tiny_gemma3n.BOI) for batch in found]
     return [(b, np.where(t, b["input_ids"], IGNORE_INDEX)) for b, t in zip(found, text, strict=True)]
+
+
+def step_batch(name):
+    """A batch of the family for a step, of more than one row where it has one."""
+    if name in ("3n", "gemma3"):
+        inputs, labels = ragged(name)[name == "gemma3"]
+        types = np.zeros_like(inputs["input_ids"])
+        return Batch(**{"mm_token_type_ids": types, **inputs}, labels=labels, row_ids=("row",) * len(labels))
+    return make_batch((LARGER | {"E2B": CASES["everything"]})[name], unified=name == "12B")
 
 
 def gradients(model, inputs, labels, chunked):
@@ -115,10 +124,7 @@ def test_training_head(family, record, monkeypatch):
 def test_in_a_training_step(family, lanes, record):
     """Frozen media outside the gradient, rows over threads, fixed padding of positions."""
     name, folder, _ = family
-    if name in ("3n", "gemma3"):
-        pytest.skip("its batches are made as dicts here; the step is the same")
-    rows = (LARGER | {"E2B": CASES["everything"]})[name]
-    model, batch, found = adapted(folder, "decoder"), make_batch(rows, unified=name == "12B"), []
+    model, batch, found = adapted(folder, "decoder"), step_batch(name), []
     for chunked in (None, False):
         step = Step(model, compiled=False, lanes=lanes, chunked_loss=chunked)
         grads, sums = step.gradients(lora_parameters(model), batch, mx.random.key(0))
