@@ -1,7 +1,8 @@
 """Floating-point operations of the decoder, counted from its modules' shapes.
 
-A multiplication and an addition are two operations. Attention is counted densely, every query against every key of its
-row, since that is what MLX computes while gradients are traced; what is done value by value is not counted.
+A multiplication and an addition are two operations. Attention is counted as MLX computes it while gradients are
+traced: a block of queries against its keys, masked or not (`gemma_mlx.models.blocks`), label positions against all keys
+of their row. What is done value by value is not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from gemma_mlx.lora import LoRALinear, linear_shape
+from gemma_mlx.models.blocks import pairs
+from gemma_mlx.spec import SLIDING
 
 _KEYS_VALUES = ("k_proj", "v_proj")
 
@@ -80,15 +83,16 @@ class DecoderCost:
         text = model.decoder
         self.layers = [layer_cost(layer, text.spec) for layer in text.layers]
         self.line = text.spec.first_kv_shared_layer - 1
+        self.windows = [text.spec.sliding_window if kind == SLIDING else None for kind in text.spec.layer_types]
 
     def layer(self, i: int, rows: int, length: int, picked: Picked | None = None) -> Cost:
         """One layer over rows × length positions, or above the line over label positions alone."""
         cost, positions = self.layers[i], rows * length
-        queries, ours = positions, positions
+        ours, met = positions, rows * pairs(length, self.windows[i])
         if picked is not None and i >= self.line:
-            queries, ours = picked.queries, picked.positions
+            ours, met = picked.positions, picked.queries * length
         kept = positions if i <= self.line else ours  # layers above the line own no keys or values
-        return Cost().plus(cost.keys_values, kept).plus(cost.rest, ours).plus(cost.pair, queries * length)
+        return Cost().plus(cost.keys_values, kept).plus(cost.rest, ours).plus(cost.pair, met)
 
     def upper(self, rows: int, length: int, picked: Picked | None = None) -> int:
         """Forward from the line on."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import mlx.core as mx
 import pytest
 import tiny
 import torch
 from parity_pairs import PATTERNS, Pair, make_adapted, make_pair
+
+from gemma_mlx.models import blocks
 
 TABLE: list[tuple[str, str, float, float]] = []
 """(what, case, floor of the reference or NaN where none was measured, difference of ours)."""
@@ -23,6 +26,15 @@ def pytest_terminal_summary(terminalreporter):
         highest = max(row[2] for row in rows)
         floors = "" if math.isnan(floor) else f", floor there {floor:.1e}; highest floor of {len(rows)} {highest:.1e}"
         terminalreporter.write_line(f"{what}: {ours:.1e} at {case!r}{floors}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_blocks():
+    """Attention in several blocks of queries already in these short rows."""
+    device = mx.default_device().type.name
+    whole, blocks.BLOCK[device] = blocks.BLOCK[device], 16
+    yield
+    blocks.BLOCK[device] = whole
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from parity_pairs import ALPHA, PATTERNS, RANK, copy_lora, make_adapted
 from gemma_mlx import step as step_module
 from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.lora import apply_lora, lora_layers, lora_parameters
+from gemma_mlx.models import blocks
 from gemma_mlx.models.load import load_model
 from gemma_mlx.step import Step, can_compile
 
@@ -127,7 +128,7 @@ def test_any_number_of_labels(family, labels, monkeypatch):
     batch = relabelled(ragged(name), labels)
     plain = gradients(Step(model, compiled=False, pick_labels=False), batch)
     step = Step(model, compiled=False, recompute=2)
-    assert labels == "all labels" or "columns" in step.prepare(batch).arrays
+    assert labels not in ("no label", "one label") or "columns" in step.prepare(batch).arrays
     judged(gradients(step, batch), plain)
     monkeypatch.setattr(step_module, "WORTH_PICKING", 9.0)
     assert "columns" in step.prepare(batch).arrays
@@ -225,8 +226,12 @@ def test_a_second_run_starts_from_the_same_model(family):
     assert all(np.array_equal(np.array(after[n]), np.array(w)) for n, w in before.items())
 
 
-def test_checkpointing_holds_one_layer(tmp_path):
-    """Ten layers: the peak without it is that of many, with it that of one and the streams between."""
+def test_checkpointing_holds_one_layer(tmp_path, monkeypatch):
+    """Ten layers: the peak without it is that of many, with it that of one and the streams between.
+
+    Whole rows meet at once here: in blocks little of so narrow a layer is attention, and the streams weigh more.
+    """
+    monkeypatch.setitem(blocks.BLOCK, mx.default_device().type.name, 512)
     tiny.make(tmp_path, vision=None, audio=None)
     model, batch = adapted_model(tmp_path, "decoder"), make_batch([[300], [280]])
     peaks = {}

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.models.base import TiedDecoder
+from gemma_mlx.models.blocks import attention
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate, through_layers
 from gemma_mlx.models.label_rows import LabelRows
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
         q = self.q_norm(self._split(self.q_proj(x), self.heads))
         q = rotate(where.by_row(q).swapaxes(1, 2), self._periods, where.positions)
-        out = mx.fast.scaled_dot_product_attention(q, *kv, scale=1.0, mask=where.masks[self.kind])
+        out = attention(q, *kv, 1.0, where.masks[self.kind])
         return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.models.base import TiedDecoder
+from gemma_mlx.models.blocks import Blocks, attention, block_size, blocks
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
 from gemma_mlx.models.label_rows import LabelRows
@@ -22,6 +23,7 @@ from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
 
 KeysValues = tuple[mx.array, mx.array]
+Mask = Blocks | mx.array | str | None
 _NO_ROTATION = 1e30  # a period: finite, because fast-math may treat 1/inf as it likes
 
 
@@ -110,12 +112,12 @@ class Place:
     """Where the queries of one call stand, for every layer alike.
 
     `positions` as `rotate` takes them; `masks` by attention type as `scaled_dot_product_attention` takes them: None
-    (everything is seen), "causal" (lower right aligned) or an additive array. With `labels` the stream holds label
-    positions alone, [1, N, …], and positions and masks are by row: [B, n] and [B, 1, n, T].
+    (everything is seen), "causal" (lower right aligned) or an additive array; or blocks. With `labels` the stream holds
+    label positions alone, [1, N, …], and positions and masks are by row: [B, n] and [B, 1, n, T].
     """
 
     positions: int | mx.array
-    masks: dict[str, mx.array | str | None]
+    masks: dict[str, Mask]
     labels: LabelRows | None = None
 
     def by_row(self, x: mx.array) -> mx.array:
@@ -140,10 +142,11 @@ def at_labels(where: Place, labels: LabelRows | None, length: int, dtype: mx.Dty
     if labels is None:
         return None
     columns, positions = labels.columns, where.positions
-    masks: dict[str, mx.array | str | None] = {}
+    masks: dict[str, Mask] = {}
     for kind, mask in where.masks.items():
-        if isinstance(mask, str):
-            masks[kind] = additive_mask(columns, mx.arange(length), None, None, dtype)
+        if isinstance(mask, str | Blocks):
+            window = mask.window if isinstance(mask, Blocks) else None
+            masks[kind] = additive_mask(columns, mx.arange(length), window, None, dtype)
         elif mask is None or mask.shape[0] == 1:
             masks[kind] = None if mask is None else mask[0, 0][columns][:, None]
         else:
@@ -175,10 +178,13 @@ def place(
     if mm_token_type_ids is not None and spec.bidirectional_vision and length > 1:
         runs = vision_runs(mm_token_type_ids)
     offset = 0 if cache is None else cache.offset
-    masks: dict[str, mx.array | str | None] = {}
+    masks: dict[str, Mask] = {}
     for kind, window in ((FULL, None), (SLIDING, spec.sliding_window)):
         n_keys = length + (0 if cache is None else cache.held(kind))
         own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
+        if valid is None and own_runs is None and cache is None and length > block_size():
+            masks[kind] = blocks(length, window, dtype)
+            continue
         if valid is None and own_runs is None and (window is None or n_keys <= window):
             masks[kind] = None if length == 1 else "causal"
             continue
@@ -222,7 +228,7 @@ class Attention(nn.Module):
         """Queries from x [B, T, hidden] on `kv` [B, kv_heads, T', d] each."""
         q = self.q_norm(self.q_proj(x).reshape(*x.shape[:2], self.heads, self.head_dim))
         q = rotate(where.by_row(q).swapaxes(1, 2), self._periods, where.positions)
-        out = mx.fast.scaled_dot_product_attention(q, *kv, scale=1.0, mask=where.masks[self.kind])
+        out = attention(q, *kv, 1.0, where.masks[self.kind])
         return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 
