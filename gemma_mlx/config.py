@@ -148,6 +148,24 @@ class TrainConfig:
         low=0, resumable=True,
     )  # fmt: skip
 
+    tower_cache: str = option(
+        "memory", "text", "memory",
+        "Keep what frozen towers make of each picture and clip: in memory for the run, on disk for later runs too, "
+        "or not. On disk they lie unencrypted in --tower-cache-dir, readable by you alone: as private as the media.",
+        choices=("memory", "disk", "off"), resumable=True,
+    )  # fmt: skip
+    tower_cache_gb: float | None = option(
+        None, "float", "memory",
+        "Most gigabytes kept, the longest unused go first; default: 1 in memory, 20 on disk.",
+        low=0.0, resumable=True,
+    )  # fmt: skip
+    tower_cache_dir: str | None = option(
+        None, "text", "memory",
+        "Folder of the cache on disk; default: gemma_mlx/soft_tokens in the user's cache folder (~/Library/Caches on "
+        "macOS, else $XDG_CACHE_HOME or ~/.cache).",
+        resumable=True,
+    )  # fmt: skip
+
     eval_every: int = option(
         100, "int", "watching", "Steps between validations (0: at the end only).", low=0, resumable=True
     )

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
+from gemma_mlx.ahead import Ahead
 from gemma_mlx.config import CONFIG_FILE, NO_TARGETS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
@@ -35,6 +36,7 @@ from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
 from gemma_mlx.step import Step, Sums, add
+from gemma_mlx.tower_store import open_store
 
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
@@ -210,14 +212,14 @@ class Job:
         self.step = Step(
             model, config.clip, lanes=machine.lanes(config.batch_size),
             pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
+            towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
         )  # fmt: skip
         self.weights: Weights = trained_parameters(model)
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
-        self.batches = Batches(
-            rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple
-        )  # fmt: skip
+        batches = Batches(rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple)
+        self.batches = Ahead(batches, self.step.lay_out)
         self.total = total_steps(config, len(self.batches))
         self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
         self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
@@ -404,6 +406,7 @@ class Job:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "adapter_weights": sum(w.size for w in self.weights.values()),
             "compiled": self.step.compiled,
+            "tower_cache": self.step.tower_report(),
             "device": machine.describe(),
             "config": dataclasses.asdict(self.config),
         }

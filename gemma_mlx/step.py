@@ -19,17 +19,18 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.batch import Batch
-from gemma_mlx.errors import InputError
 from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.full import trained_places
-from gemma_mlx.lanes import edges, shared
+from gemma_mlx.lanes import shared
+from gemma_mlx.layout import Laid, lay_out, split
 from gemma_mlx.lora import dropout_keys, lora_layers
-from gemma_mlx.loss import POSITION_BUCKET, at_positions, label_positions, loss_sum
+from gemma_mlx.loss import POSITION_BUCKET, at_positions, loss_sum
 from gemma_mlx.models.label_rows import LabelRows, label_rows
-from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_counts, soft_token_index
-from gemma_mlx.models.tables import tables_on_disk
+from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_index
+from gemma_mlx.models.tables import DiskTable, tables_on_disk
 from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
-from gemma_mlx.tower_cache import TowerCache
+from gemma_mlx.tower_cache import TowerCache, tower_identity
+from gemma_mlx.tower_store import Memory, Store
 
 COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
 """``off`` runs every step uncompiled."""
@@ -41,7 +42,6 @@ rows and masks costs more than it saves."""
 
 Arrays = dict[str, mx.array]
 _MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
-_VISION_TYPES = (1, 2)
 
 
 @dataclass
@@ -86,77 +86,15 @@ def should_compile() -> bool:
     return can_compile() if asked == "on" else asked != "off" and mx.default_device().type == mx.gpu
 
 
-def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
-    """The batch as up to ``lanes`` batches of consecutive rows, each with its own media."""
-    rows = len(batch.input_ids)
-    lanes = min(lanes, rows)
-    if lanes <= 1:
-        return [batch]
-    at = edges(rows, lanes)
-    given = {kind: placing(batch, kind) for kind in MEDIA}
-    soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
-    cuts = {kind: _media_edges(batch, counts, kind, at, spec) for kind, counts in soft.items()}
-    return [_rows(batch, i, at, cuts) for i in range(lanes)]
-
-
-def placing(batch: Batch, kind: str) -> np.ndarray | None:
-    """The array that tells a medium's values from padding; the values themselves where nothing is padded."""
-    values, where = (getattr(batch, name) for name in MEDIA[kind])
-    return values if where is None else where
-
-
-def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, at: list[int], spec: Any) -> list[int]:
-    """How many media of a kind lie in the rows before each edge."""
-    if counts is None:
-        return [0] * len(at)
-    slots = (batch.input_ids == getattr(spec, f"{kind}_token_id")).sum(1)
-    ends = np.cumsum(counts)
-    return [int(np.searchsorted(ends, slots[:edge].sum(), side="right")) if edge else 0 for edge in at]
-
-
-def _rows(batch: Batch, lane: int, at: list[int], cuts: dict[str, list[int]]) -> Batch:
-    rows = slice(at[lane], at[lane + 1])
-    parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
-        parts[name] = getattr(batch, name)[rows]
-    for kind, (first, second, _) in _MEDIA.items():
-        a, b = cuts[kind][lane : lane + 2]
-        if a < b:
-            parts |= {n: array[a:b] for n in (first, second) if (array := getattr(batch, n)) is not None}
-    return Batch(**parts)
-
-
-def _padded(index: np.ndarray, multiple: int) -> np.ndarray:
-    """``index`` filled up with its last value to a multiple; the extra soft tokens are never spliced."""
-    return np.pad(index, (0, -len(index) % multiple), mode="edge") if len(index) else index
-
-
-def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None, bucket: int = 1) -> Prepared:
-    """Count, check and move a batch to MLX arrays; media whose tower is frozen become that tower's outputs.
-
-    Raises InputError where the number of slots in ``input_ids`` differs from the soft tokens that the media give.
-    """
-    arrays: Arrays = {"input_ids": mx.array(batch.input_ids)}
-    places = label_positions(batch.labels, POSITION_BUCKET if bucket > 1 else 1)
-    arrays |= {name: mx.array(value) for name, value in places.items()}
-    if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
-        arrays["mm_token_type_ids"] = mx.array(batch.mm_token_type_ids)
-    for kind, names in MEDIA.items():
-        values, where = (getattr(batch, name) for name in names)
-        index = np.zeros(0, np.int32) if values is None else soft_token_index(spec, kind, placing(batch, kind))
-        slots = int((batch.input_ids == getattr(spec, f"{kind}_token_id")).sum())
-        if slots != len(index):
-            rows = ", ".join(batch.row_ids[:4])
-            raise InputError(f"{rows}: {slots} {kind} slots in the text, but the media give {len(index)} soft tokens")
-        if values is None:
-            continue
-        if frozen and kind in frozen:
-            made = frozen[kind](values, where)
-            arrays[f"{kind}_features"] = mx.pad(made, [(0, -len(index) % bucket), (0, 0)])
-        else:
-            arrays |= {name: mx.array(a) for name, a in zip(names, (values, where), strict=True) if a is not None}
-            arrays[f"{kind}_index"] = mx.array(_padded(index, bucket))
-    return Prepared(arrays, batch.label_count, int(batch.attention_mask.sum()), len(batch.input_ids))
+def prepare(laid: Laid, frozen: dict[str, TowerCache] | None = None, table: DiskTable | None = None) -> Prepared:
+    """A laid-out batch moved to MLX arrays; media whose tower is frozen become that tower's outputs."""
+    arrays = {name: mx.array(value) for name, value in laid.arrays.items()}
+    for kind, media in laid.media.items():
+        made = frozen[kind].encode(media)
+        arrays[f"{kind}_features"] = mx.pad(made, [(0, laid.soft_tokens[kind] - len(made)), (0, 0)])
+    if laid.table is not None:
+        arrays["per_layer_rows"] = table.unpacked(laid.table)
+    return Prepared(arrays, laid.labels, laid.tokens, laid.rows)
 
 
 class Step:
@@ -169,12 +107,13 @@ class Step:
 
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
-    n-th decoder layer; 0 none. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``.
+    n-th decoder layer; 0 none. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``. ``towers`` keeps what
+    frozen towers made of each medium; in memory by default.
     """
 
     def __init__(
         self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1, pick_labels: bool = True,
-        recompute: int = 0, chunked_loss: bool | None = None,
+        recompute: int = 0, chunked_loss: bool | None = None, towers: Store | None = None,
     ):  # fmt: skip
         self.model = model
         self.chunked_loss = chunked_loss
@@ -184,14 +123,15 @@ class Step:
         self.places = trained_places(model)
         self.clip = clip
         self.dropout = any(layer.dropout for layer in self.layers.values())
-        self.tables = tables_on_disk(model)
+        self.table = next(iter(tables_on_disk(model).values()), None)
         self.cost = DecoderCost(model)
         self.pick_labels = pick_labels and not self._dropout_from(self.cost.line)
         self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
         trained = {part for name in self.places for part in name.split(".")}
+        self.towers = Memory() if towers is None else towers
         self.frozen = {
-            kind: TowerCache(partial(self._features, kind), trim=not reads_padding(model.spec, kind))
+            kind: self._tower_cache(kind)
             for kind in MEDIA
             if (tower := module_names(kind)[0]) in model.model and tower not in trained
         }
@@ -200,33 +140,51 @@ class Step:
         self._evaluate = wrap(self._loss)
         self._apply = wrap(self._updated)
 
-    def prepare(self, batch: Batch) -> Prepared:
-        """``prepare`` with the padding that compiled steps need, and the rows of a table on disk."""
-        ready = prepare(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
-        if self.tables:
-            ready.arrays["per_layer_rows"] = self.model.per_layer_rows(batch.input_ids)
-        if self.pick_labels:
-            ready.arrays |= self._label_rows(batch, ready)
-        return ready
+    def _tower_cache(self, kind: str) -> TowerCache:
+        name, in_memory = module_names(kind)[0], isinstance(self.towers, Memory)
+        # Hashing the weights takes a second a gigabyte: only where outputs outlive the model.
+        identity = name.encode() if in_memory else tower_identity(self.model, kind)
+        trim = not reads_padding(self.model.spec, kind)
+        return TowerCache(partial(self._features, kind), trim, self.towers, identity)
 
-    def _label_rows(self, batch: Batch, ready: Prepared) -> Arrays:
+    def tower_report(self) -> dict[str, int]:
+        """Media found (``hits``) and encoded (``misses``) by frozen towers, and the bytes that are kept."""
+        caches = self.frozen.values()
+        found = {name: sum(getattr(cache, name) for cache in caches) for name in ("hits", "misses")}
+        return {**found, "bytes": self.towers.nbytes}
+
+    def lay_out(self, batch: Batch) -> list[Laid]:
+        """The part of a step that needs no weights: each lane's rows in NumPy. May run in any thread."""
+        return [self._laid(part) for part in split(batch, self.lanes, self.model.spec)]
+
+    def _laid(self, batch: Batch) -> Laid:
+        """``lay_out`` with the padding that compiled steps need, and the rows of a table on disk."""
+        laid = lay_out(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
+        if self.table is not None:
+            laid.table = self.table.read(self.model.per_layer_ids(batch.input_ids))
+        if self.pick_labels:
+            laid.arrays |= self._label_rows(batch, laid)
+        return laid
+
+    def prepare(self, part: Batch | Laid) -> Prepared:
+        """``prepare`` of a batch, or of what was laid out before."""
+        return prepare(self._laid(part) if isinstance(part, Batch) else part, self.frozen, self.table)
+
+    def _label_rows(self, batch: Batch, laid: Laid) -> dict[str, np.ndarray]:
         """The index arrays of ``LabelRows`` but ``flat``; none where they do not pay."""
-        rows, length = batch.input_ids.shape
-        flat = np.array(ready.arrays["positions"])
-        found = label_rows(flat, ready.labels, (rows, length), POSITION_BUCKET if self.compiled else 1)
+        (rows, length), flat = batch.input_ids.shape, laid.arrays["positions"]
+        found = label_rows(flat, laid.labels, (rows, length), POSITION_BUCKET if self.compiled else 1)
         picked = self.cost.upper(rows, length, Picked(len(flat), found["columns"].size))
-        if picked > WORTH_PICKING * self.cost.upper(rows, length):
-            return {}
-        return {name: mx.array(value) for name, value in found.items()}
+        return {} if picked > WORTH_PICKING * self.cost.upper(rows, length) else found
 
     def _dropout_from(self, line: int) -> bool:
         """Whether an adapter in or above a decoder layer has dropout: its masks have the stream's shape."""
         layers = self.model.decoder.layers[line:]
         return any(adapter.dropout for layer in layers for adapter in lora_layers(layer).values())
 
-    def gradients(self, weights: Weights, batch: Batch, key: mx.array) -> tuple[Weights, Sums]:
+    def gradients(self, weights: Weights, batch: Batch | list[Laid], key: mx.array) -> tuple[Weights, Sums]:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
-        parts = split(batch, self.lanes, self.model.spec)
+        parts = self.lay_out(batch) if isinstance(batch, Batch) else batch
         keys = [key if i == 0 else mx.random.split(key, i + 1)[i] for i in range(len(parts))]
         if len(parts) > 1:
             mx.eval(keys, weights, self.model.parameters())
@@ -239,7 +197,7 @@ class Step:
             sums.add(counted.loss, counted.correct, counted)
         return grads, sums
 
-    def _lane(self, weights: Weights, part: Batch, key: mx.array) -> tuple[Weights, Sums]:
+    def _lane(self, weights: Weights, part: Laid, key: mx.array) -> tuple[Weights, Sums]:
         ready = self.prepare(part)
         with self._tracing:
             (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)

@@ -1,43 +1,61 @@
-"""What frozen towers made of each picture and clip, kept in memory across epochs."""
+"""What frozen towers made of each picture and clip, kept across epochs and, on disk, across runs."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from gemma_mlx.lanes import in_pieces
+from gemma_mlx.models.media import module_names
+from gemma_mlx.tower_store import Memory, Store
 
 Tower = Callable[[np.ndarray, np.ndarray | None], mx.array]
-CACHE_BYTES = 1 << 30
-"""The most memory that kept outputs may take: 2,300 pictures of 280 soft tokens for E2B in bfloat16."""
+FORMAT = 1
+"""Raise this when a tower computes other values for the same input and weights."""
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One picture, frame or clip as its tower takes it, the key of its output, and that output if it was found."""
+
+    key: bytes
+    values: np.ndarray
+    where: np.ndarray | None
+    kept: mx.array | np.ndarray | None
 
 
 class TowerCache:
     """A frozen tower's output for one medium at a time, by the medium's content.
 
     Each medium is encoded alone and, where its padding is not read, without it, so that its soft tokens do not depend
-    on its batch: bit for bit the same in a resumed run, whatever is in the cache. The least recently used go when the
-    limit is passed.
+    on its batch: bit for bit the same in a resumed run, whatever is in the cache.
 
     Args:
         tower: (values [1, ...], positions or mask [1, ...] or None) -> output [n, D].
         trim: give each medium without its padding; false for a tower whose output depends on it.
-        limit: bytes kept at most; 0 keeps none.
+        store: where outputs are kept; in memory by default.
+        identity: of the tower, see ``tower_identity``; needed where the store serves several.
     """
 
-    def __init__(self, tower: Tower, trim: bool = True, limit: int = CACHE_BYTES):
-        self.tower, self.trim, self.limit = tower, trim, limit
-        self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
-        self._bytes = 0
-        self._changing = Lock()
+    def __init__(self, tower: Tower, trim: bool = True, store: Store | None = None, identity: bytes = b""):
+        self.tower, self.trim, self.identity = tower, trim, identity
+        self.store = Memory() if store is None else store
+        self.hits = self.misses = 0
+        self._counting = Lock()
 
     def __call__(self, values: np.ndarray, where: np.ndarray | None) -> mx.array:
-        """The tower's output [n, D] for all media of a batch, in order.
+        """The tower's output [n, D] for all media of a batch, in order."""
+        return self.encode(self.look_up(values, where))
+
+    def look_up(self, values: np.ndarray, where: np.ndarray | None) -> list[Medium]:
+        """The media of a batch and what is kept of them: all that needs neither weights nor MLX's streams.
 
         Args:
             values: [N, ...] pixels, or features [N, P, ...] padded as `where` says.
@@ -48,21 +66,43 @@ class TowerCache:
             lengths = (where > 0 if where.ndim == 2 else (where >= 0).all(-1)).sum(axis=1)
             values = [v[:n] for v, n in zip(values, lengths, strict=True)]
             places = [w[:n] for w, n in zip(places, lengths, strict=True)]
-        return mx.concatenate([self._one(v, w) for v, w in zip(values, places, strict=True)])
+        return [self._medium(v, w) for v, w in zip(values, places, strict=True)]
 
-    def _one(self, values: np.ndarray, where: np.ndarray | None) -> mx.array:
-        key = blake2b(values.tobytes() + (b"" if where is None else where.tobytes()), digest_size=16).digest()
-        with self._changing:
-            if (found := self._kept.get(key)) is not None:
-                self._kept.move_to_end(key)
-                return found
+    def _medium(self, values: np.ndarray, where: np.ndarray | None) -> Medium:
+        content = blake2b(self.identity, digest_size=16)
+        for array in (values, where):
+            content.update(b"-" if array is None else f"{array.dtype}{array.shape}".encode())
+            content.update(b"" if array is None else np.ascontiguousarray(array))
+        key = content.digest()
+        return Medium(key, values, where, self.store.get(key))
+
+    def encode(self, media: Sequence[Medium]) -> mx.array:
+        """The tower's output [n, D] for these media, in order."""
+        return mx.concatenate([self._one(medium) for medium in media])
+
+    def _one(self, medium: Medium) -> mx.array:
+        found = self.store.get(medium.key) if medium.kept is None else medium.kept
+        if found is not None:
+            with self._counting:
+                self.hits += 1
+            found = mx.array(found) if isinstance(found, np.ndarray) else found
+            return found.view(mx.bfloat16) if found.dtype == mx.uint16 else found
+        with self._counting:
+            self.misses += 1
         with in_pieces():
-            made = self.tower(values[None], None if where is None else where[None])
+            made = self.tower(medium.values[None], None if medium.where is None else medium.where[None])
         mx.eval(made)  # another thread may find it
-        with self._changing:
-            if key not in self._kept and made.nbytes <= self.limit:
-                self._kept[key] = made
-                self._bytes += made.nbytes
-            while self._bytes > self.limit:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self.store.put(medium.key, made)
         return made
+
+
+def tower_identity(model: Any, kind: str) -> bytes:
+    """A hash of all that decides a tower's output beside the medium: its weights' bytes, its settings (window, norms,
+    pooling), this format, MLX's version and device."""
+    name = module_names(kind)[0]
+    settings = model.spec.audio if kind == "audio" else model.spec.vision
+    content = blake2b(repr((FORMAT, mx.__version__, mx.default_device().type.name, name, settings)).encode())
+    for path, weight in sorted(tree_flatten(model.model[name].parameters()), key=lambda item: item[0]):
+        content.update(f"{path} {weight.dtype} {weight.shape}".encode())
+        content.update(memoryview(weight.reshape(-1).view(mx.uint8)))
+    return content.digest()

@@ -160,9 +160,11 @@ class Gemma4(CausalModel):
         is_slot = (ids == spec.image_token_id) | (ids == spec.audio_token_id) | (ids == spec.video_token_id)
         return mx.where(is_slot, mx.array(spec.text.pad_token_id, ids.dtype), ids)
 
-    def per_layer_rows(self, input_ids: Array) -> mx.array:
-        """Rows [B, T, layers · width] of the per-layer table for `hidden`, read here where it lies on disk."""
-        return self.model.language_model.embed_tokens_per_layer(self._without_slots(mx.array(input_ids)))
+    def per_layer_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        """Which row [B, T] of the per-layer table belongs to each id: the pad id's at soft slots."""
+        spec = self.spec
+        slots = np.isin(input_ids, (spec.image_token_id, spec.audio_token_id, spec.video_token_id))
+        return np.where(slots, spec.text.pad_token_id, input_ids)
 
     def hidden(
         self,
@@ -183,9 +185,9 @@ class Gemma4(CausalModel):
         Right padding needs no attention_mask without a cache: causality hides it from every token. What comes out at
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
         padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
-        keys stay hidden. per_layer_rows: those of `per_layer_rows`, needed only where this call is traced and the table
-        lies on disk. For a training step: with `labels` hidden states [N, H] at those positions alone, for a fraction
-        of the work; `recompute` n recomputes every n-th layer in the backward.
+        keys stay hidden. per_layer_rows: [B, T, layers · width], the per-layer table's at `per_layer_ids`, needed only
+        where this call is traced and the table lies on disk. For a training step: with `labels` hidden states [N, H]
+        at those positions alone, for a fraction of the work; `recompute` n recomputes every n-th layer in the backward.
 
         Raises:
             InputError: the number of slots differs from the number of soft tokens, or media without a tower.

@@ -7,6 +7,7 @@ in memory would give.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -23,6 +24,19 @@ DISK_BYTES = 1 << 28
 TABLE = "embed_tokens_per_layer"
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows as they lie in the file, each once.
+
+    Attributes:
+        parts: tensor name -> [n, ...]; bfloat16 as uint16.
+        index: int [...], which of the n each id has.
+    """
+
+    parts: dict[str, np.ndarray]
+    index: np.ndarray
 
 
 class DiskTable(nn.Module):
@@ -68,16 +82,24 @@ class DiskTable(nn.Module):
         """All rows, in memory."""
         return self._rows(np.arange(self._stored["weight"].shape[0]))
 
-    def _rows(self, ids: np.ndarray) -> mx.array:
-        parts = {name: self._read(name, ids.reshape(-1)) for name in self._maps}
+    def read(self, ids: np.ndarray) -> TableRows:
+        """The rows for ids [...], in NumPy: may be called from any thread."""
+        each, index = np.unique(ids, return_inverse=True)
+        return TableRows({name: m[each] for name, m in self._maps.items()}, index.reshape(ids.shape).astype(np.int32))
+
+    def unpacked(self, read: TableRows) -> mx.array:
+        """Rows [..., width] of what `read` gave."""
+        parts = {name: self._typed(name, rows) for name, rows in read.parts.items()}
         rows = parts["weight"]
         if self.packed:
             rows = mx.dequantize(rows, parts["scales"], parts.get("biases"), *self._form)
-        return rows.reshape(*ids.shape, -1)
+        return rows[mx.array(read.index)]
 
-    def _read(self, name: str, ids: np.ndarray) -> mx.array:
-        rows = mx.array(self._maps[name][ids])
-        kind = self._stored[name].dtype
+    def _rows(self, ids: np.ndarray) -> mx.array:
+        return self.unpacked(self.read(ids))
+
+    def _typed(self, name: str, stored: np.ndarray) -> mx.array:
+        rows, kind = mx.array(stored), self._stored[name].dtype
         rows = rows.view(mx.bfloat16) if kind == "BF16" else rows
         return rows if kind == "U32" else rows.astype(self._dtype)
 

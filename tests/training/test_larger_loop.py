@@ -168,18 +168,18 @@ def test_the_step_gives_the_gradients_of_the_whole_model(checkpoints, table, kin
 
 def test_types_are_passed_only_where_they_matter(checkpoints, table):
     """Batches without pictures keep the causal masks that need no array; those with pictures need their types."""
-    from gemma_mlx.step import prepare
+    from gemma_mlx.layout import lay_out
 
     spec, batch = read_spec(checkpoints["31B"]), batch_of(checkpoints["31B"], table)
-    assert "mm_token_type_ids" in prepare(batch, spec).arrays
+    assert "mm_token_type_ids" in lay_out(batch, spec).arrays
     text = dataclasses.replace(
         batch, input_ids=batch.input_ids[3:], attention_mask=batch.attention_mask[3:], labels=batch.labels[3:],
         mm_token_type_ids=batch.mm_token_type_ids[3:], pixel_values=None, image_position_ids=None,
         pixel_values_videos=None, video_position_ids=None, num_frames_per_video=None,
     )  # fmt: skip
-    assert "mm_token_type_ids" not in prepare(text, spec).arrays
+    assert "mm_token_type_ids" not in lay_out(text, spec).arrays
     causal = dataclasses.replace(spec, text=dataclasses.replace(spec.text, use_bidirectional_attention=None))
-    assert "mm_token_type_ids" not in prepare(batch, causal).arrays
+    assert "mm_token_type_ids" not in lay_out(batch, causal).arrays
 
 
 @pytest.mark.parametrize("kind", ["26B"])

@@ -8,10 +8,11 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.layout import lay_out, split
 from gemma_mlx.lora import apply_lora, lora_parameters, set_lora_parameters
 from gemma_mlx.loss import loss_and_count
 from gemma_mlx.models.load import load_model
-from gemma_mlx.step import Step, can_compile, prepare, split
+from gemma_mlx.step import Step, can_compile
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_slots_that_do_not_fit_the_media_are_an_error(checkpoint_folder, batches
     ids = batches[0].input_ids.copy()
     ids[ids == spec.audio_token_id] = 40
     with pytest.raises(InputError, match="0 audio slots in the text"):
-        prepare(dataclasses.replace(batches[0], input_ids=ids), spec)
+        lay_out(dataclasses.replace(batches[0], input_ids=ids), spec)
 
 
 @pytest.mark.parametrize("lanes", [2, 3, 9])

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.tower_cache import TowerCache
+from gemma_mlx.tower_store import Memory
 
 
 class Tower:
@@ -60,7 +61,7 @@ def test_padding_stays_where_the_tower_reads_it_and_nothing_need_be_padded():
 
 def test_the_longest_unused_go_and_the_limit_holds():
     tower = Tower()
-    cache = TowerCache(tower, limit=2 * 5 * 4 * 4)  # two media of five soft tokens
+    cache = TowerCache(tower, store=Memory(2 * 5 * 4 * 4))  # two media of five soft tokens
     one, two, three = (media([5], seed) for seed in range(3))
     for item in (one, two, one, three):  # three drives out two
         cache(*item)
@@ -69,7 +70,7 @@ def test_the_longest_unused_go_and_the_limit_holds():
     assert len(tower.calls) == 3
     cache(*two)
     assert len(tower.calls) == 4
-    nothing = TowerCache(tower, limit=0)
+    nothing = TowerCache(tower, store=Memory(0))
     for _ in range(2):
         nothing(*one)
     assert len(tower.calls) == 6

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.base import CausalModel
@@ -152,9 +153,10 @@ class Gemma3n(CausalModel):
             out[f"{kind}_soft_tokens"] = self.model.soft_tokens(kind, values, where)
         return out
 
-    def per_layer_rows(self, input_ids: Any) -> mx.array:
-        """Rows [B, T, layers · width] of the per-layer table for `hidden`, read here where it lies on disk."""
-        return self.model.language_model.per_layer_rows(mx.array(input_ids))
+    def per_layer_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        """Which row [B, T] of the per-layer table belongs to each id: 0 for ids beyond it (vision's and audio's)."""
+        within = (input_ids >= 0) & (input_ids < self.spec.text.vocab_size_per_layer_input)
+        return np.where(within, input_ids, 0)
 
     def hidden(
         self,

@@ -368,7 +368,7 @@ class TextModel(TiedDecoder):
         """Per-layer embeddings [B, T, layers, width]: a row by token id plus a projection of the spliced embeddings.
 
         At soft slots `input_ids` must hold the pad id: the id part there is pad's row, not zero. `rows` if they were
-        read before (see `Gemma4.per_layer_rows`).
+        read before (see `Gemma4.per_layer_ids`).
         """
         width = self.spec.hidden_size_per_layer_input
         if not width:
