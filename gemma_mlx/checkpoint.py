@@ -35,8 +35,8 @@ _NAME = re.compile(r"step-(\d+)")
 class Snapshot:
     """What a run needs to go on as if it had never stopped.
 
-    ``weights``: the adapter's tensors by name; ``moments``: AdamW's, by "m" and "v"; ``state``: JSON values (step,
-    data position, random seed, early stopping, length of metrics.jsonl, ...).
+    ``weights``: the adapter's tensors by name; ``moments``: the optimizer's arrays, by kind ("m", "v", …) and name;
+    ``state``: JSON values (step, data position, random seed, early stopping, length of metrics.jsonl, ...).
     """
 
     step: int
@@ -109,10 +109,10 @@ def load(folder: Path) -> Snapshot:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder}: incomplete ({type(error).__name__}: {error})") from None
     state = json.loads((folder / STATE).read_text())
-    moments: dict[str, Weights] = {"m": {}, "v": {}}
+    moments: dict[str, Weights] = {}
     for name, value in mx.load(str(folder / OPTIMIZER)).items():
         kind, _, rest = name.partition(".")
-        moments[kind][rest] = value
+        moments.setdefault(kind, {})[rest] = value
     weights = mx.load(str(folder / ADAPTER))
     mx.eval(weights, moments)  # reads are lazy, and the folder may be removed as newer ones come
     state.pop("format")

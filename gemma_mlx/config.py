@@ -22,6 +22,8 @@ CONFIG_FILE = "config.yaml"
 """A run's options, in its folder."""
 NO_TARGETS = "none"
 """For ``targets``: no adapters."""
+NO_MASTERS = "none"
+"""For ``master_weights``: no float32 copy."""
 
 
 def option(
@@ -108,6 +110,12 @@ class TrainConfig:
         "Modules whose own weights train, beside the adapters: names (embed_audio, layers.3.mlp) or groups, comma "
         "separated.",
     )  # fmt: skip
+    master_weights: str = option(
+        "float32", "text", "adapter",
+        "Keep weights that train in full in float32 beside the bfloat16 base; none keeps them in bfloat16 alone, with "
+        "stochastic rounding (4 bytes less for a weight).",
+        choices=("float32", NO_MASTERS),
+    )  # fmt: skip
     rank: int = option(16, "int", "adapter", "Rank of the adapters.", low=1, high=4096)
     alpha: float | None = option(
         None, "float", "adapter", "The adapter counts alpha/rank times; default: the rank (Google's recipe: 16 at 16).",
@@ -130,7 +138,13 @@ class TrainConfig:
     )
     warmup: float = option(0.03, "float", "training", "Warm-up: steps, or a part of all steps if below 1.", low=0.0)
     min_lr: float = option(0.0, "float", "training", "Learning rate at the end of cosine and linear.", low=0.0)
-    weight_decay: float = option(0.0, "float", "training", "AdamW's decoupled weight decay.", low=0.0)
+    weight_decay: float = option(0.0, "float", "training", "Decoupled weight decay.", low=0.0)
+    optimizer: str = option(
+        "adamw", "text", "training",
+        "adamw (8 bytes of state for a weight), adamw8bit (2, quantized in blocks) or adafactor (nearly none: factored "
+        "second moments, no first).",
+        choices=("adamw", "adamw8bit", "adafactor"),
+    )  # fmt: skip
     clip: float = option(1.0, "float", "training", "Largest global gradient norm; 0 never clips.", low=0.0)
     seed: int = option(
         0, "int", "training", "Seed of the adapter, the order of rows, and dropout.", low=0, high=2**63 - 1
@@ -185,6 +199,8 @@ class TrainConfig:
             raise InputError("patience: early stopping needs validation rows (valid)")
         if self.targets == NO_TARGETS and not self.full:
             raise InputError("targets: none leaves nothing to train; name modules in full")
+        if self.master_weights == NO_MASTERS and not self.full:
+            raise InputError("master_weights: none concerns modules that train in full; name them in full")
         if self.min_lr > self.lr:
             raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
 

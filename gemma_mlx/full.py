@@ -6,7 +6,8 @@ that is not frozen, so that the tensors are unfrozen one by one. The unfrozen te
 nothing else remembers them.
 
 A run keeps trained weights in float32, whatever the dtype of the base, since AdamW's small steps vanish in bfloat16's
-8 bits; they are rounded to the module's dtype where they are put into it.
+8 bits; they are rounded to the module's dtype where they are put into it. Without these masters a bfloat16 weight is
+the module's own array, and ``gemma_mlx.optimizers.update`` rounds at random.
 """
 
 from __future__ import annotations
@@ -177,9 +178,17 @@ def trained_places(model: nn.Module) -> dict[str, Place]:
     return places
 
 
-def trained_parameters(model: nn.Module) -> Weights:
-    """Tensor name -> weight in float32 of everything that trains, in MLX's layouts."""
-    return {name: place.get().astype(mx.float32) for name, place in trained_places(model).items()}
+def trained_parameters(model: nn.Module, masters: bool = True) -> Weights:
+    """Tensor name -> weight in float32 of everything that trains, in MLX's layouts; without ``masters``, bfloat16
+    weights as they are (adapters are float32)."""
+    weights = {name: place.get() for name, place in trained_places(model).items()}
+    return {name: w if w.dtype == mx.bfloat16 and not masters else w.astype(mx.float32) for name, w in weights.items()}
+
+
+def refuse_without_masters(model: nn.Module) -> None:
+    """Raise InputError where no weight that trains in full is bfloat16: there is nothing to keep in it."""
+    if all(w.dtype == mx.float32 for w in trained_parameters(model, masters=False).values()):
+        raise InputError("master_weights: none needs a bfloat16 base (dtype bfloat16)")
 
 
 def saved_shapes(model: nn.Module, paths: Iterable[str], where: str) -> dict[str, tuple[int, ...]]:
@@ -203,4 +212,3 @@ def put_full(model: nn.Module, paths: Iterable[str], weights: Mapping[str, mx.ar
     for name, place in trained_places(model).items():
         if name.rpartition(".")[0] in chosen:
             place.put(weights[name])
-

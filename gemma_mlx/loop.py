@@ -21,17 +21,18 @@ import numpy as np
 
 from gemma_mlx import checkpoint, machine
 from gemma_mlx.ahead import Ahead
-from gemma_mlx.config import CONFIG_FILE, NO_TARGETS, REMEMBERED, TrainConfig, configure
+from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, NO_TARGETS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import flush, write_whole
-from gemma_mlx.full import refuse_trained, train_fully, trained_parameters
+from gemma_mlx.full import refuse_trained, refuse_without_masters, train_fully, trained_parameters
 from gemma_mlx.lora import apply_lora, freeze_base, save_adapter
 from gemma_mlx.models.load import check_finite, load_model, resolve
-from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
+from gemma_mlx.optim import Weights, learning_rate
+from gemma_mlx.optimizers import OPTIMIZERS, rounding_key
 from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
@@ -158,6 +159,8 @@ def make_trainable(model: Any, config: TrainConfig) -> str:
         done.append(f"adapters on {len(paths)} layers")
     if config.full:
         done.append(f"{len(train_fully(model, config.full))} modules in full")
+        if config.master_weights == NO_MASTERS:
+            refuse_without_masters(model)
     return " and ".join(done)
 
 
@@ -213,9 +216,10 @@ class Job:
             model, config.clip, lanes=machine.lanes(config.batch_size),
             pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
             towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
+            optimizer=OPTIMIZERS[config.optimizer],
         )  # fmt: skip
-        self.weights: Weights = trained_parameters(model)
-        self.moments = adamw_init(self.weights)
+        self.weights: Weights = trained_parameters(model, masters=config.master_weights != NO_MASTERS)
+        self.moments = self.step.optimizer.init(self.weights)
         self.pad_id = processor.pad_id
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
         batches = Batches(rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple)
@@ -265,7 +269,9 @@ class Job:
             raise InputError(f"{self.folder}: the checkpoint's adapter does not fit this model")
         # In the model's order: the norm's sum over tensors must not follow the order of a file.
         self.weights = {name: snapshot.weights[name] for name in shapes}
-        self.moments = {kind: {name: group[name] for name in shapes} for kind, group in snapshot.moments.items()}
+        self.moments = {
+            kind: {name: snapshot.moments[kind][name] for name in group} for kind, group in self.moments.items()
+        }
         self.saved = (snapshot.step, self.progress.evaluated)
         self.batches.seek(self.progress.data)
         self.say.say(f"resumed at step {snapshot.step}")
@@ -301,8 +307,8 @@ class Job:
             if c.accumulate > 1:
                 mx.eval(grads, sums.loss, sums.correct)
         lr = learning_rate(p.step, self.total, c.lr, c.schedule, c.warmup, c.min_lr)
-        scalars = adamw_scalars(p.step + 1, lr, c.weight_decay)
-        self.weights, self.moments, norm = self.step.apply(self.weights, self.moments, grads, sums.labels, scalars)
+        scalars, key = self.step.optimizer.scalars(p.step + 1, lr, c.weight_decay), rounding_key(c.seed, p.step)
+        self.weights, self.moments, norm = self.step.apply(self.weights, self.moments, grads, sums.labels, scalars, key)
         mx.eval(self.weights, self.moments, norm, sums.loss, sums.correct)
         loss, correct = sums.loss.item(), sums.correct.item()
         self.step.install(self.weights)

@@ -28,7 +28,8 @@ from gemma_mlx.loss import POSITION_BUCKET, at_positions, loss_sum
 from gemma_mlx.models.label_rows import LabelRows, label_rows
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_index
 from gemma_mlx.models.tables import DiskTable, tables_on_disk
-from gemma_mlx.optim import Weights, adamw_update, clip_by_norm
+from gemma_mlx.optim import Weights, clip_by_norm
+from gemma_mlx.optimizers import OPTIMIZERS, Optimizer, State, update
 from gemma_mlx.tower_cache import TowerCache, tower_identity
 from gemma_mlx.tower_store import Memory, Store
 
@@ -70,8 +71,8 @@ class Sums:
 
 
 def add(a: Weights, b: Weights) -> Weights:
-    """Sums by name."""
-    return {name: value + b[name] for name, value in a.items()}
+    """Sums by name, in float32."""
+    return {name: value.astype(mx.float32) + b[name] for name, value in a.items()}
 
 
 def can_compile() -> bool:
@@ -114,9 +115,11 @@ class Step:
     def __init__(
         self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1, pick_labels: bool = True,
         recompute: int = 0, chunked_loss: bool | None = None, towers: Store | None = None,
+        optimizer: Optimizer = OPTIMIZERS["adamw"],
     ):  # fmt: skip
         self.model = model
         self.chunked_loss = chunked_loss
+        self.optimizer = optimizer
         self.lanes = lanes
         self._tracing = Lock()  # tracing writes into the model
         self.layers = lora_layers(model)
@@ -216,10 +219,14 @@ class Step:
         return sums
 
     def apply(
-        self, weights: Weights, moments: dict[str, Weights], grads: Weights, count: int, scalars: mx.array
-    ) -> tuple[Weights, dict[str, Weights], mx.array]:
-        """(new weights, new moments, gradient norm before clipping) from summed gradients over ``count`` labels."""
-        return self._apply(weights, moments, grads, mx.array(1.0 / max(count, 1)), scalars)
+        self, weights: Weights, moments: State, grads: Weights, count: int, scalars: mx.array,
+        key: mx.array | None = None,
+    ) -> tuple[Weights, State, mx.array]:  # fmt: skip
+        """(new weights, new moments, gradient norm before clipping) from summed gradients over ``count`` labels.
+
+        ``key`` decides the rounding of weights that are kept in bfloat16.
+        """
+        return self._apply(weights, moments, grads, mx.array(1.0 / max(count, 1)), scalars, key)
 
     def install(self, weights: Weights) -> None:
         """Put trained tensors into the model, each in the dtype that it has there."""
@@ -269,7 +276,8 @@ class Step:
         return self.model.model.features(kind, values, where, mx.array(index))
 
     def _updated(
-        self, weights: Weights, moments: dict[str, Weights], grads: Weights, share: mx.array, scalars: mx.array
-    ) -> tuple[Weights, dict[str, Weights], mx.array]:
+        self, weights: Weights, moments: State, grads: Weights, share: mx.array, scalars: mx.array,
+        key: mx.array | None,
+    ) -> tuple[Weights, State, mx.array]:  # fmt: skip
         grads, norm = clip_by_norm({name: g * share for name, g in grads.items()}, self.clip)
-        return *adamw_update(weights, moments, grads, scalars), norm
+        return *update(self.optimizer, weights, moments, grads, scalars, key), norm

@@ -32,6 +32,7 @@ def test_flag_yaml_and_keyword_give_the_same_config(name, tmp_path):
     value = sample(name)
     extra = {"valid": "v.csv"} if name == "patience" else {}
     extra |= {"lr": 1.0} if name == "min_lr" else {}
+    extra |= {"full": "audio"} if name == "master_weights" else {}
     keyword = configure({name: value, **extra})
     assert getattr(keyword, name) == value
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({name.replace("_", "-"): value, **extra}))
