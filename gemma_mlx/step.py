@@ -42,6 +42,7 @@ rows and masks costs more than it saves."""
 Arrays = dict[str, mx.array]
 _MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
 _VISION_TYPES = (1, 2)
+_ALONGSIDE = ("mm_token_type_ids", "segment_ids", "per_layer_rows")
 
 
 @dataclass
@@ -117,8 +118,8 @@ def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, at: list[in
 def _rows(batch: Batch, lane: int, at: list[int], cuts: dict[str, list[int]]) -> Batch:
     rows = slice(at[lane], at[lane + 1])
     parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
-        parts[name] = getattr(batch, name)[rows]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segment_ids"):
+        parts[name] = None if (array := getattr(batch, name)) is None else array[rows]
     for kind, (first, second, _) in _MEDIA.items():
         a, b = cuts[kind][lane : lane + 2]
         if a < b:
@@ -141,6 +142,8 @@ def prepare(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
     arrays |= {name: mx.array(value) for name, value in places.items()}
     if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
         arrays["mm_token_type_ids"] = mx.array(batch.mm_token_type_ids)
+    if batch.segment_ids is not None:
+        arrays["segment_ids"] = mx.array(batch.segment_ids)
     for kind, names in MEDIA.items():
         values, where = (getattr(batch, name) for name in names)
         index = np.zeros(0, np.int32) if values is None else soft_token_index(spec, kind, placing(batch, kind))
@@ -283,7 +286,7 @@ class Step:
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
-            given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
+            given = {name: arrays[name] for name in _ALONGSIDE if name in arrays}
             if "columns" in arrays:
                 given["labels"] = LabelRows(arrays["positions"], *map(arrays.get, ("columns", "grid", "back")))
             hidden = self.model.hidden(arrays["input_ids"], recompute=recompute, **given, **soft)
