@@ -179,7 +179,7 @@ class TrainConfig:
         if self.packing and self.group_by_length:
             raise InputError("packing: packed rows are of one length already; leave out group_by_length")
         if self.pack_tokens and not self.packing:
-            raise InputError("pack_tokens: only with packing")
+            raise InputError("pack_tokens: bounds packed rows alone; add packing, or leave it out")
         if self.min_lr > self.lr:
             raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
 
