@@ -43,6 +43,7 @@ rows and masks costs more than it saves."""
 
 Arrays = dict[str, mx.array]
 _MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
+_ALONGSIDE = ("mm_token_type_ids", "segment_ids", "per_layer_rows")
 
 
 @dataclass
@@ -248,7 +249,7 @@ class Step:
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
-            given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
+            given = {name: arrays[name] for name in _ALONGSIDE if name in arrays}
             if "columns" in arrays:
                 given["labels"] = LabelRows(arrays["positions"], *map(arrays.get, ("columns", "grid", "back")))
             hidden = self.model.hidden(arrays["input_ids"], recompute=recompute, **given, **soft)

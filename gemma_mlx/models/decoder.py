@@ -9,13 +9,13 @@ from gemma_mlx.models.gemma4.text import (
     MLP,
     KeysValues,
     Place,
-    additive_mask,
     at_labels,
     place,
     rope_periods,
     rotate,
     through_layers,
 )
+from gemma_mlx.models.masks import additive_mask
 
 __all__ = [
     "MLP",

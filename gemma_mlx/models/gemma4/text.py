@@ -12,12 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mlx.errors import InputError
 from gemma_mlx.models.base import TiedDecoder
 from gemma_mlx.models.blocks import Blocks, attention, block_size, blocks
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
 from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import BufferModule, RMSNorm
+from gemma_mlx.models.masks import additive_mask, positions_in_segments, vision_runs
 from gemma_mlx.models.recompute import recomputed
 from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.spec import FULL, SLIDING, TextSpec
@@ -62,51 +64,6 @@ def rotate(x: mx.array, periods: mx.array, positions: int | mx.array) -> mx.arra
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def vision_runs(mm_token_type_ids: mx.array) -> mx.array:
-    """int [B, T]: the same positive number along each run of consecutive picture or video slots, 0 elsewhere."""
-    vision = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
-    before = mx.pad(vision[:, :-1], [(0, 0), (1, 0)])
-    return mx.where(vision, mx.cumsum((vision & ~before).astype(mx.int32), axis=1), 0)
-
-
-def additive_mask(
-    queries: mx.array,
-    keys: mx.array,
-    window: int | None,
-    valid: mx.array | None,
-    dtype: mx.Dtype,
-    runs: mx.array | None = None,
-    windowed_runs: bool = True,
-) -> mx.array:
-    """Mask [B or 1, 1, Tq, Tk]: 0 where a key may be seen, else the dtype's most negative finite value.
-
-    The fill is finite so that a row that sees nothing (padding) averages instead of giving NaN.
-
-    Args:
-        queries: int positions [B or 1, Tq], in any order.
-        keys: int positions [Tk].
-        window: keys that a query sees, itself included; None for all up to itself.
-        valid: bool [B, Tk], false on padding keys.
-        runs: int [B, Tq], as `vision_runs` gives them, where the queries are the last Tq of the keys: within a run,
-            later keys are seen too.
-        windowed_runs: whether the window limits what is seen within a run.
-    """
-    distance = queries[:, None, :, None] - keys[None, None, None, :]
-    seen, near = distance >= 0, None if window is None else distance < window
-    if near is not None and not (windowed_runs and runs is not None):
-        seen = mx.logical_and(seen, near)
-    if runs is not None:
-        # Keys of earlier calls precede every query, so causality already decides about them.
-        of_keys = mx.pad(runs, [(0, 0), (keys.shape[0] - runs.shape[1], 0)])
-        within = mx.logical_and(runs[:, None, :, None] == of_keys[:, None, None, :], runs[:, None, :, None] > 0)
-        seen = mx.logical_or(seen, within)
-        if near is not None and windowed_runs:
-            seen = mx.logical_and(seen, near)
-    if valid is not None:
-        seen = mx.logical_and(seen, valid[:, None, None, :])
-    return mx.where(seen, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
-
-
 @dataclass(frozen=True)
 class Place:
     """Where the queries of one call stand, for every layer alike.
@@ -144,9 +101,10 @@ def at_labels(where: Place, labels: LabelRows | None, length: int, dtype: mx.Dty
     columns, positions = labels.columns, where.positions
     masks: dict[str, Mask] = {}
     for kind, mask in where.masks.items():
-        if isinstance(mask, str | Blocks):
-            window = mask.window if isinstance(mask, Blocks) else None
-            masks[kind] = additive_mask(columns, mx.arange(length), window, None, dtype)
+        if isinstance(mask, Blocks):
+            masks[kind] = mask.rows(columns, length, dtype)
+        elif isinstance(mask, str):
+            masks[kind] = additive_mask(columns, mx.arange(length), None, None, dtype)
         elif mask is None or mask.shape[0] == 1:
             masks[kind] = None if mask is None else mask[0, 0][columns][:, None]
         else:
@@ -165,6 +123,7 @@ def place(
     valid: mx.array | None = None,
     cache: Cache | None = None,
     mm_token_type_ids: mx.array | None = None,
+    segment_ids: mx.array | None = None,
 ) -> Place:
     """The place of `length` consecutive tokens after those that `cache` has seen.
 
@@ -173,7 +132,11 @@ def place(
             mask hides padding on the right from every real token).
         mm_token_type_ids: int [B, length], of models whose pictures see themselves whole; None for causal attention
             alone. A picture cut over two calls sees only what has been given so far.
+        segment_ids: int [B, length], the same number along each of the samples that lie end to end in a row: each
+            sees itself alone and counts its positions from 0. Not with a cache.
     """
+    if segment_ids is not None and cache is not None:
+        raise InputError("segment_ids: packed rows are read whole; leave out the cache, or the segment_ids")
     runs = None
     if mm_token_type_ids is not None and spec.bidirectional_vision and length > 1:
         runs = vision_runs(mm_token_type_ids)
@@ -183,16 +146,19 @@ def place(
         n_keys = length + (0 if cache is None else cache.held(kind))
         own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
         if valid is None and own_runs is None and cache is None and length > block_size():
-            masks[kind] = blocks(length, window, dtype)
+            masks[kind] = blocks(length, window, dtype, segment_ids)
             continue
-        if valid is None and own_runs is None and (window is None or n_keys <= window):
+        if valid is None and own_runs is None and segment_ids is None and (window is None or n_keys <= window):
             masks[kind] = None if length == 1 else "causal"
             continue
         queries = mx.arange(offset, offset + length)[None]
         keys = mx.arange(offset + length - n_keys, offset + length)
         seen = None if valid is None else valid[:, -n_keys:]
-        masks[kind] = additive_mask(queries, keys, window, seen, dtype, own_runs, spec.vision_runs == "sliding")
-    return Place(offset, masks)
+        segments = None if segment_ids is None else (segment_ids, segment_ids)
+        masks[kind] = additive_mask(
+            queries, keys, window, seen, dtype, own_runs, spec.vision_runs == "sliding", segments
+        )
+    return Place(offset if segment_ids is None else positions_in_segments(segment_ids), masks)
 
 
 class Attention(nn.Module):
