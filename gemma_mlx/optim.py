@@ -51,13 +51,11 @@ def global_norm(grads: Weights) -> mx.array:
     return mx.sqrt(sum((mx.sum(mx.square(g.astype(mx.float32))) for g in grads.values()), mx.array(0.0)))
 
 
-def clip_by_norm(grads: Weights, largest: float) -> tuple[Weights, mx.array]:
-    """(gradients scaled so that their global norm is at most ``largest``, the norm before), as torch's
-    ``clip_grad_norm_``; ``largest`` 0 never scales."""
-    norm = global_norm(grads)
-    if largest <= 0.0:
-        return grads, norm
-    factor = mx.minimum(largest / (norm + 1e-6), 1.0)
+def clip_by_norm(grads: Weights, largest: float, share: mx.array | float = 1.0) -> tuple[Weights, mx.array]:
+    """(``share`` of the gradients, scaled so that their global norm is at most ``largest``, the norm before), as
+    torch's ``clip_grad_norm_``; ``largest`` 0 never scales. One product for a gradient: none is held beside it."""
+    norm = global_norm(grads) * share
+    factor = share * mx.minimum(largest / (norm + 1e-6), 1.0) if largest > 0.0 else share
     return {name: g * factor for name, g in grads.items()}, norm
 
 

@@ -46,7 +46,7 @@ def adafactor_update(
     new_weights: Weights = {}
     new_state: dict[str, Weights] = {kind: {} for kind in state}
     for name, w in weights.items():
-        g = grads[name].astype(mx.float32)
+        g = grads[name]
         square = mx.square(g) + EPS
         parts = {"row": mx.mean(square, -1), "column": mx.mean(square, -2)} if w.ndim >= 2 else {"v": square}
         for kind, part in parts.items():

@@ -16,6 +16,10 @@ State = dict[str, Weights]
 """Kind ("m", "v", …) -> tensor name -> array. Kinds have no dot in them."""
 
 
+LARGE = 1 << 20
+"""Values of a tensor that others wait for; smaller ones are updated side by side."""
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """Three functions of their arguments alone.
@@ -39,11 +43,26 @@ OPTIMIZERS = {
 def update(
     optimizer: Optimizer, weights: Weights, state: State, grads: Weights, scalars: mx.array, key: mx.array | None = None
 ) -> tuple[Weights, State]:
-    """One step in float32 arithmetic. Weights in bfloat16 stay so, rounded at random by ``key``, which they need."""
-    exact, state = optimizer.update({name: w.astype(mx.float32) for name, w in weights.items()}, state, grads, scalars)
-    low = [name for name, w in weights.items() if w.dtype == mx.bfloat16]
-    keys = mx.random.split(key, len(low)) if low else []
-    return exact | {name: round_at_random(exact[name], k) for name, k in zip(low, keys, strict=True)}, state
+    """One step in float32 arithmetic. Weights in bfloat16 stay so, rounded at random by ``key``, which they need.
+
+    Large tensors wait for each other: of what is computed on the way, one tensor's is held at a time.
+    """
+    new_weights: Weights = {}
+    new_state: State = {kind: {} for kind in state}
+    keys = iter(mx.random.split(key, len(weights)) if any(w.dtype == mx.bfloat16 for w in weights.values()) else ())
+    before: list[mx.array] = []
+    for name, w in weights.items():
+        kinds = [kind for kind, group in state.items() if name in group]
+        arrays = [w, grads[name], *(state[kind][name] for kind in kinds)]
+        w, g, *held = mx.depends(arrays, before) if before else arrays
+        part = {kind: {} for kind in state} | {kind: {name: a} for kind, a in zip(kinds, held, strict=True)}
+        found, part = optimizer.update({name: w.astype(mx.float32)}, part, {name: g.astype(mx.float32)}, scalars)
+        new_weights[name] = round_at_random(found[name], next(keys)) if w.dtype == mx.bfloat16 else found[name]
+        for kind in kinds:
+            new_state[kind][name] = part[kind][name]
+        if w.size >= LARGE:
+            before = [new_weights[name], *(part[kind][name] for kind in kinds)]
+    return new_weights, new_state
 
 
 def round_at_random(x: mx.array, key: mx.array) -> mx.array:

@@ -110,7 +110,7 @@ class Step:
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
     n-th decoder layer; 0 none. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``. ``towers`` keeps what
-    frozen towers made of each medium; in memory by default.
+    frozen towers made of each medium; in memory by default. ``optimizer``: what ``apply`` applies.
     """
 
     def __init__(
@@ -280,5 +280,5 @@ class Step:
         self, weights: Weights, moments: State, grads: Weights, share: mx.array, scalars: mx.array,
         key: mx.array | None,
     ) -> tuple[Weights, State, mx.array]:  # fmt: skip
-        grads, norm = clip_by_norm({name: g * share for name, g in grads.items()}, self.clip)
+        grads, norm = clip_by_norm(grads, self.clip, share)
         return *update(self.optimizer, weights, moments, grads, scalars, key), norm
