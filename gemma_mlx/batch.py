@@ -42,6 +42,9 @@ class Batch:
     """int32 [videos]: how many frames are whose."""
     row_ids: tuple[str, ...] = ()
     """Where each row came from, for reports."""
+    segment_ids: np.ndarray | None = None
+    """int32 [B, T], of rows that hold several samples end to end: 1 along the first, 2 along the second, …, 0 in
+    padding. A sample's first token has no label, so that the last token before it predicts nothing."""
 
     def inputs(self) -> dict[str, np.ndarray]:
         """The arrays that ``model(**inputs)`` takes: every field that is set except labels and row ids."""

@@ -121,6 +121,15 @@ class TrainConfig:
     )
     steps: int | None = option(None, "int", "training", "Optimizer steps.", low=1, resumable=True)
     batch_size: int = option(4, "int", "training", "Rows in a batch.", low=1)
+    packing: bool = option(
+        False, "flag", "training",
+        "Lay rows of the data end to end in the rows of a batch, up to --pack-tokens; each sees itself alone.",
+    )  # fmt: skip
+    pack_tokens: int | None = option(
+        None, "int", "training", "Most tokens in a packed row; a longer one is alone. Default: those of the longest.",
+        low=1,
+    )  # fmt: skip
+    group_by_length: bool = option(False, "flag", "training", "Batches of rows of similar length, in random order.")
     accumulate: int = option(
         1, "int", "training", "Batches in an optimizer step; weighted by their label tokens.", low=1
     )
@@ -185,6 +194,10 @@ class TrainConfig:
             raise InputError("patience: early stopping needs validation rows (valid)")
         if self.targets == NO_TARGETS and not self.full:
             raise InputError("targets: none leaves nothing to train; name modules in full")
+        if self.packing and self.group_by_length:
+            raise InputError("packing: packed rows are of one length already; leave out group_by_length")
+        if self.pack_tokens and not self.packing:
+            raise InputError("pack_tokens: bounds packed rows alone; add packing, or leave it out")
         if self.min_lr > self.lr:
             raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
 

@@ -30,13 +30,13 @@ class Laid:
         media: of frozen towers, by kind.
         soft_tokens: how many soft tokens the tower's output is padded to, by kind.
         table: rows of the table on disk, or None.
-        labels, tokens, rows: counted on the way.
+        labels, tokens, positions: counted on the way; positions with padding.
     """
 
     arrays: dict[str, np.ndarray]
     labels: int
     tokens: int
-    rows: int
+    positions: int
     media: dict[str, list[Medium]] = field(default_factory=dict)
     soft_tokens: dict[str, int] = field(default_factory=dict)
     table: TableRows | None = None
@@ -73,8 +73,8 @@ def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, at: list[in
 def _rows(batch: Batch, lane: int, at: list[int], cuts: dict[str, list[int]]) -> Batch:
     rows = slice(at[lane], at[lane + 1])
     parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
-        parts[name] = getattr(batch, name)[rows]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segment_ids"):
+        parts[name] = None if (array := getattr(batch, name)) is None else array[rows]
     for kind, names in MEDIA.items():
         a, b = cuts[kind][lane : lane + 2]
         if a < b:
@@ -95,9 +95,11 @@ def lay_out(batch: Batch, spec: Any, frozen: dict[str, TowerCache] | None = None
     """
     arrays = {"input_ids": batch.input_ids}
     arrays |= label_positions(batch.labels, POSITION_BUCKET if bucket > 1 else 1)
-    laid = Laid(arrays, batch.label_count, int(batch.attention_mask.sum()), len(batch.input_ids))
+    laid = Laid(arrays, batch.label_count, int(batch.attention_mask.sum()), batch.input_ids.size)
     if getattr(spec.text, "bidirectional_vision", False) and np.isin(batch.mm_token_type_ids, _VISION_TYPES).any():
         arrays["mm_token_type_ids"] = batch.mm_token_type_ids
+    if batch.segment_ids is not None:
+        arrays["segment_ids"] = batch.segment_ids
     for kind, names in MEDIA.items():
         values, where = (getattr(batch, name) for name in names)
         index = np.zeros(0, np.int32) if values is None else soft_token_index(spec, kind, placing(batch, kind))

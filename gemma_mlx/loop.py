@@ -25,6 +25,8 @@ from gemma_mlx.config import CONFIG_FILE, NO_TARGETS, REMEMBERED, TrainConfig, c
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
+from gemma_mlx.data.order import Grouped, Plan, Shuffled, padding
+from gemma_mlx.data.packing import Packed
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import flush, write_whole
@@ -55,6 +57,7 @@ class Window:
     labels: int = 0
     correct: float = 0.0
     tokens: int = 0
+    positions: int = 0
     seconds: float = 0.0
     wait: float = 0.0
 
@@ -132,7 +135,7 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     job = Job(config, folder, model, processor, rows, valid, say)
     say.say(
         f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
-        f"{sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
+        f"{sum(w.size for w in job.weights.values()):,} weights; padding {job.padding:.0%}; {machine.describe()}"
     )
     try:
         with machine.awake(), stop_request() as stop:
@@ -190,15 +193,23 @@ def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: 
     prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
     rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
     with ThreadPoolExecutor(4) as pool:
-        check = pool.map(lambda e: processor.sample(e, with_features=False).label_count, rows.examples)
-        for _ in say.each(check, len(rows), f"checking {path}"):
-            pass
+        check = pool.map(lambda e: len(processor.sample(e, with_features=False)), rows.examples)
+        rows.lengths = list(say.each(check, len(rows), f"checking {path}"))
     return rows
 
 
-def total_steps(config: TrainConfig, batches: int) -> int:
-    """Optimizer steps of the whole run over data of so many batches an epoch."""
-    return config.steps or max(1, math.ceil(config.epochs * batches / config.accumulate))
+def plan_of(config: TrainConfig, rows: Dataset) -> Plan:
+    """Which rows make up which batches, as the options say."""
+    if config.packing:
+        return Packed(rows.lengths, config.batch_size, config.pack_tokens or max(rows.lengths), config.seed)
+    if config.group_by_length:
+        return Grouped(rows.lengths, config.batch_size, config.seed)
+    return Shuffled(len(rows), config.batch_size, config.seed)
+
+
+def total_steps(config: TrainConfig, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps or max(1, math.ceil(plan.count(config.epochs) / config.accumulate))
 
 
 class Job:
@@ -218,9 +229,13 @@ class Job:
         self.moments = adamw_init(self.weights)
         self.pad_id = processor.pad_id
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
-        batches = Batches(rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple)
+        plan = plan_of(config, rows)
+        batches = Batches(
+            rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan
+        )  # fmt: skip
         self.batches = Ahead(batches, self.step.lay_out)
-        self.total = total_steps(config, len(self.batches))
+        self.total = total_steps(config, plan)
+        self.padding = padding(plan.batches(0), rows.lengths, self.multiple)
         self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
         self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
 
@@ -313,7 +328,8 @@ class Job:
         p.tokens, p.label_tokens, p.seconds = p.tokens + sums.tokens, p.label_tokens + sums.labels, p.seconds + seconds
         w = p.window
         w.steps, w.loss, w.correct, w.labels = w.steps + 1, w.loss + loss, w.correct + correct, w.labels + sums.labels
-        w.tokens, w.seconds, w.wait = w.tokens + sums.tokens, w.seconds + seconds, w.wait + wait
+        w.tokens, w.positions = w.tokens + sums.tokens, w.positions + sums.positions
+        w.seconds, w.wait = w.seconds + seconds, w.wait + wait
         if p.step % c.log_every == 0 or p.step == self.total:
             self._log_window(lr, norm.item())
 
@@ -327,6 +343,7 @@ class Job:
             "token_accuracy": w.correct / max(w.labels, 1),
             "tokens": p.tokens,
             "label_tokens": p.label_tokens,
+            "padding": 1 - w.tokens / max(w.positions, 1),
             "tokens_per_second": w.tokens / max(w.seconds, 1e-9),
             "step_seconds": w.seconds / w.steps,
             "data_wait": w.wait / w.steps,

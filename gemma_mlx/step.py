@@ -42,6 +42,7 @@ rows and masks costs more than it saves."""
 
 Arrays = dict[str, mx.array]
 _MEDIA = {kind: (*names, f"{kind}_index") for kind, names in MEDIA.items()}
+_ALONGSIDE = ("mm_token_type_ids", "segment_ids", "per_layer_rows")
 
 
 @dataclass
@@ -51,22 +52,25 @@ class Prepared:
     arrays: Arrays
     labels: int
     tokens: int
-    rows: int
+    positions: int
 
 
 @dataclass
 class Sums:
-    """Of one or more batches: loss and correct argmaxes (lazy float32 scalars), label positions, tokens."""
+    """Of one or more batches: loss and correct argmaxes (lazy float32 scalars), label positions, tokens, and positions
+    with padding."""
 
     loss: Any = 0.0
     correct: Any = 0.0
     labels: int = 0
     tokens: int = 0
+    positions: int = 0
 
     def add(self, loss: Any, correct: Any, counted: Prepared | Sums) -> None:
         """Add one batch's."""
         self.loss, self.correct = self.loss + loss, self.correct + correct
         self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
+        self.positions += counted.positions
 
 
 def add(a: Weights, b: Weights) -> Weights:
@@ -94,7 +98,7 @@ def prepare(laid: Laid, frozen: dict[str, TowerCache] | None = None, table: Disk
         arrays[f"{kind}_features"] = mx.pad(made, [(0, laid.soft_tokens[kind] - len(made)), (0, 0)])
     if laid.table is not None:
         arrays["per_layer_rows"] = table.unpacked(laid.table)
-    return Prepared(arrays, laid.labels, laid.tokens, laid.rows)
+    return Prepared(arrays, laid.labels, laid.tokens, laid.positions)
 
 
 class Step:
@@ -241,7 +245,7 @@ class Step:
         with dropout_keys(list(self.layers.values()), key if self.dropout else None):
             kinds = [k for k, (first, *_) in _MEDIA.items() if first in arrays or f"{k}_features" in arrays]
             soft = {f"{kind}_soft_tokens": self._soft_tokens(kind, arrays) for kind in kinds}
-            given = {name: arrays[name] for name in ("mm_token_type_ids", "per_layer_rows") if name in arrays}
+            given = {name: arrays[name] for name in _ALONGSIDE if name in arrays}
             if "columns" in arrays:
                 given["labels"] = LabelRows(arrays["positions"], *map(arrays.get, ("columns", "grid", "back")))
             hidden = self.model.hidden(arrays["input_ids"], recompute=recompute, **given, **soft)

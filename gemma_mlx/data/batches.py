@@ -12,11 +12,10 @@ import numpy as np
 from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.data.features import Patches
 from gemma_mlx.data.features_gemma3n import Clip, Picture, stack_clips
+from gemma_mlx.data.order import Plan, Rows, Shuffled
+from gemma_mlx.data.packing import Packed, joined
 from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, VIDEO, Sample
 from gemma_mlx.errors import InputError
-
-_ROUNDS = 6
-_MASK64 = (1 << 64) - 1
 
 
 def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) -> Batch:
@@ -52,7 +51,15 @@ def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) ->
     return Batch(
         input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, films, film_positions,
         np.array([len(video) for video in videos], np.int32) if videos else None, row_ids,
+        _segments(samples, tokens),
     )  # fmt: skip
+
+
+def _segments(samples: Sequence[Sample], tokens: int) -> np.ndarray | None:
+    """Segment ids of packed rows, 0 in padding."""
+    if samples[0].segment_ids is None:
+        return None
+    return np.stack([np.pad(sample.segment_ids, (0, tokens - len(sample))) for sample in samples])
 
 
 def clip_tokens(clip: np.ndarray | Clip, frames_per_token: int) -> int:
@@ -108,41 +115,6 @@ def _stack_clips(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray |
     return features, mask
 
 
-class Order:
-    """A permutation of range(n) keyed by (seed, epoch), computed entry by entry.
-
-    A Feistel network over the smallest even number of bits that holds n, walked until it lands inside: nothing is
-    stored, any position can be asked for, and the order does not depend on a library's version.
-    """
-
-    def __init__(self, n: int, seed: int, epoch: int):
-        self.n = n
-        half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-        self._half, self._low = half, (1 << half) - 1
-        key = _mix(_mix(seed & _MASK64) ^ epoch)
-        self._keys = [_mix(key + i) for i in range(_ROUNDS)]
-
-    def __getitem__(self, position: int) -> int:
-        if not 0 <= position < self.n:
-            raise IndexError(position)
-        value = position
-        while True:
-            left, right = value >> self._half, value & self._low
-            for key in self._keys:
-                left, right = right, left ^ (_mix(right ^ key) & self._low)
-            value = left << self._half | right
-            if value < self.n:
-                return value
-
-
-def _mix(x: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
-    return x ^ (x >> 31)
-
-
 class Samples(Protocol):
     """What batches are made of: a `Dataset`, or a list of samples."""
 
@@ -152,7 +124,7 @@ class Samples(Protocol):
 
 
 class Batches:
-    """An endless (or `epochs` long) iterator of batches in an order that depends on (seed, epoch) alone.
+    """An endless (or `epochs` long) iterator of batches in an order that depends on (seed, epoch), or on a plan, alone.
 
     Worker threads make the next batches while the current one is in use; what they do can be seen only in time: batches
     come in order, and an error in one of them is raised where that batch would have come. The last batch of an epoch
@@ -168,6 +140,8 @@ class Batches:
         pad_to_multiple: see `collate`.
         workers: threads that read ahead; 0 reads when asked.
         prefetch: batches made ahead.
+        plan: which samples make up the batches, made with the same batch size and seed, in place of the order of
+            (seed, epoch) or of the file.
         state: where to go on, as `state` gave it.
 
     Raises:
@@ -186,6 +160,7 @@ class Batches:
         pad_to_multiple: int = 1,
         workers: int = 2,
         prefetch: int = 4,
+        plan: Plan | None = None,
         state: dict[str, int] | None = None,
     ):
         if not len(samples):
@@ -193,30 +168,34 @@ class Batches:
         if batch_size < 1 or pad_to_multiple < 1:
             raise InputError(f"batch_size {batch_size}, pad_to_multiple {pad_to_multiple}: expected at least 1")
         self.samples, self.batch_size, self.pad_id = samples, batch_size, pad_id
-        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.seed, self.epochs = seed, epochs
+        self.plan = plan or Shuffled(len(samples), batch_size, seed, shuffle)
         self.pad_to_multiple, self.workers, self.prefetch = pad_to_multiple, workers, max(1, prefetch)
         self._epoch = self._position = 0
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[Batch]] = deque()
-        self._planned: Iterator[list[int]] | None = None
+        self._ahead: deque[tuple[Rows, Future[Batch]]] = deque()
+        self._planned: Iterator[Rows] | None = None
         if state is not None:
             self.seek(state)
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
-        return -(-len(self.samples) // self.batch_size)
+        """Batches in the first epoch; in all of them unless rows are packed."""
+        return int(self.plan.count(1))
 
     def state(self) -> dict[str, int]:
-        """Where the next batch starts, and what it depends on: four integers."""
-        return {"epoch": self._epoch, "position": self._position, "rows": len(self.samples), "seed": self.seed}
+        """Where the next batch starts (samples of the epoch before it), and what it depends on: a few integers."""
+        return {"epoch": self._epoch, "position": self._position, **self._data()}
+
+    def _data(self) -> dict[str, int]:
+        return {"rows": len(self.samples), "seed": self.seed, **self.plan.state()}
 
     def seek(self, state: dict[str, int]) -> None:
         """Go on from a `state` of the same rows and seed.
 
         Raises:
-            InputError: the number of rows or the seed differs.
+            InputError: the number of rows, the seed, or lengths that the plan depends on differ.
         """
-        for name, own in (("rows", len(self.samples)), ("seed", self.seed)):
+        for name, own in self._data().items():
             if state.get(name, own) != own:
                 raise InputError(
                     f"cannot resume: the saved run had {name} {state[name]}, this one has {own}; use the same"
@@ -228,48 +207,51 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        if self.workers:
-            batch = self._next_ahead()
-        else:
-            rows = next(self._plan(self._epoch, self._position))
-            batch = self._make(rows)
-        self._position += len(batch.input_ids)
+        if self._planned is None:
+            self._planned = self._plan(self._epoch, self._position)
+        try:
+            rows, batch = self._next_ahead() if self.workers else self._next_now()
+        except BaseException:
+            self.close()
+            raise
+        self._position += sum(map(len, rows))
         if self._position >= len(self.samples):
             self._epoch, self._position = self._epoch + 1, 0
         return batch
 
-    def _plan(self, epoch: int, position: int) -> Iterator[list[int]]:
+    def _plan(self, epoch: int, position: int) -> Iterator[Rows]:
         """Rows of each batch from there on."""
-        n = len(self.samples)
         while self.epochs is None or epoch < self.epochs:
-            order = Order(n, self.seed, epoch) if self.shuffle else range(n)
-            for start in range(position, n, self.batch_size):
-                yield [order[i] for i in range(start, min(start + self.batch_size, n))]
+            yield from self.plan.batches(epoch, position)
             epoch, position = epoch + 1, 0
 
-    def _make(self, rows: list[int]) -> Batch:
-        return collate([self.samples[i] for i in rows], self.pad_id, self.pad_to_multiple)
+    def _make(self, rows: Rows) -> Batch:
+        if isinstance(self.plan, Packed):
+            samples = [joined([self.samples[i] for i in row]) for row in rows]
+        else:
+            samples = [self.samples[i] for (i,) in rows]
+        return collate(samples, self.pad_id, self.pad_to_multiple)
 
-    def _next_ahead(self) -> Batch:
+    def _next_now(self) -> tuple[Rows, Batch]:
+        rows = next(self._planned)
+        return rows, self._make(rows)
+
+    def _next_ahead(self) -> tuple[Rows, Batch]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
-            self._planned = self._plan(self._epoch, self._position)
         while len(self._ahead) <= self.prefetch and (rows := next(self._planned, None)) is not None:
-            self._ahead.append(self._pool.submit(self._make, rows))
+            self._ahead.append((rows, self._pool.submit(self._make, rows)))
         if not self._ahead:
-            self.close()
             raise StopIteration
-        try:
-            return self._ahead.popleft().result()
-        except BaseException:
-            self.close()
-            raise
+        rows, batch = self._ahead.popleft()
+        return rows, batch.result()
 
     def close(self) -> None:
         """Stops the workers and forgets what was read ahead; the next batch starts them again from `state`."""
-        for future in self._ahead:
+        for _, future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._planned = None
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

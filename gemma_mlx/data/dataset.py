@@ -24,6 +24,9 @@ class Dataset:
     Samples are kept in memory up to a limit, since small data are read again every epoch. Safe to read from several
     threads.
 
+    Attributes:
+        lengths: tokens of each row, once somebody has counted them; else None.
+
     Args:
         path: the CSV; relative media paths start from its folder. See `gemma_mlx.data.examples` for the columns.
         processor: makes samples of examples.
@@ -53,6 +56,7 @@ class Dataset:
         self.examples = read_examples(
             path, media_roots, columns, prompts=prompts, need_answer=need_answer, check=processor.check
         )
+        self.lengths: list[int] | None = None
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached, self._lock = cache_bytes, 0, threading.Lock()
 

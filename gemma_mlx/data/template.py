@@ -64,6 +64,8 @@ class Sample:
         row_id: the row's name in reports.
         videos: patches of each frame of each video in reading order.
         frames_per_token: of clips.
+        segment_ids: int32 [T] of a row of several samples (see `gemma_mlx.data.packing`): 1 along the first, 2 along
+            the second, …
     """
 
     input_ids: np.ndarray
@@ -75,6 +77,7 @@ class Sample:
     row_id: str = ""
     videos: tuple[tuple[Patches, ...], ...] = ()
     frames_per_token: int = 4
+    segment_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -171,6 +171,7 @@ class Gemma4(CausalModel):
         input_ids: Array,
         attention_mask: Array | None = None,
         mm_token_type_ids: Array | None = None,
+        segment_ids: Array | None = None,
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
         video_soft_tokens: mx.array | None = None,
@@ -186,8 +187,10 @@ class Gemma4(CausalModel):
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
         padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
         keys stay hidden. per_layer_rows: [B, T, layers · width], the per-layer table's at `per_layer_ids`, needed only
-        where this call is traced and the table lies on disk. For a training step: with `labels` hidden states [N, H]
-        at those positions alone, for a fraction of the work; `recompute` n recomputes every n-th layer in the backward.
+        where this call is traced and the table lies on disk. segment_ids int [B, T], as in `Batch`: samples end to end
+        in a row, each of which sees itself alone and counts its positions from 0; without a cache. For a training step:
+        with `labels` hidden states [N, H] at those positions alone, for a fraction of the work; `recompute` n
+        recomputes every n-th layer in the backward.
 
         Raises:
             InputError: the number of slots differs from the number of soft tokens, or media without a tower.
@@ -202,7 +205,8 @@ class Gemma4(CausalModel):
         )
         valid = known_valid(attention_mask, input_ids.shape, cache)
         types = self._vision_types(mm_token_type_ids, input_ids.shape[1])
-        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, types)
+        segments = None if segment_ids is None else mx.array(segment_ids)
+        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, types, segments)
         return self.model.language_model(embeddings, per_layer, where, cache, labels, recompute)
 
     def _vision_types(self, mm_token_type_ids: Array | None, length: int) -> mx.array | None:

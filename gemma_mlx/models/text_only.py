@@ -48,13 +48,14 @@ class Gemma3(CausalModel):
         input_ids: Any,
         attention_mask: Any = None,
         mm_token_type_ids: Any = None,
+        segment_ids: Any = None,
         cache: Cache | None = None,
         labels: LabelRows | None = None,
         recompute: int = 0,
         **media: Any,
     ) -> mx.array:
-        """Hidden states [B, T, H] after the final norm; padding, `cache`, `labels` and `recompute` as in
-        `Gemma4.hidden`.
+        """Hidden states [B, T, H] after the final norm; padding, `segment_ids`, `cache`, `labels` and `recompute` as
+        in `Gemma4.hidden`.
 
         Raises:
             InputError: an id beyond the vocabulary; media were given.
@@ -63,5 +64,6 @@ class Gemma3(CausalModel):
         check_ids(input_ids, self.spec.text.vocab_size, {})
         embeddings = self.model.embed(mx.array(input_ids))
         valid = known_valid(attention_mask, input_ids.shape, cache)
-        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache)
+        segments = None if segment_ids is None else mx.array(segment_ids)
+        where = place(self.spec.text, input_ids.shape[1], embeddings.dtype, valid, cache, segment_ids=segments)
         return self.model(embeddings, where, cache, labels, recompute)

@@ -31,7 +31,7 @@ def test_flag_yaml_and_keyword_give_the_same_config(name, tmp_path):
 
     value = sample(name)
     extra = {"valid": "v.csv"} if name == "patience" else {}
-    extra |= {"lr": 1.0} if name == "min_lr" else {}
+    extra |= {"lr": 1.0} if name == "min_lr" else {"packing": True} if name == "pack_tokens" else {}
     keyword = configure({name: value, **extra})
     assert getattr(keyword, name) == value
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({name.replace("_", "-"): value, **extra}))
@@ -86,6 +86,9 @@ def test_yaml_round_trip(tmp_path):
         ({"batch_size": None}, ["batch_size", "nothing"]),
         ({"patience": 3}, ["patience", "valid"]),
         ({"lr": 1e-4, "min_lr": 1e-3}, ["min_lr", "0.0001"]),
+        ({"pack_tokens": 256}, ["pack_tokens", "packing"]),
+        ({"packing": True, "pack_tokens": 0}, ["pack_tokens", "at least 1"]),
+        ({"packing": True, "group_by_length": True}, ["packing", "group_by_length"]),
         ({"resume": True}, ["resume", "out"]),
     ],
 )

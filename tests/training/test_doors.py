@@ -57,6 +57,9 @@ BAD_OPTIONS = [
     (["--config", "/no/such.yaml"], "/no/such.yaml"),
     (["--model", "/no/such/model"], "/no/such/model"),
     (["--patience", "3"], "patience"),
+    (["--pack-tokens", "64"], "packing"),
+    (["--packing", "--pack-tokens", "0"], "--pack-tokens"),
+    (["--packing", "--group-by-length"], "group_by_length"),
     (["--demo", "--steps", "3"], "only --out can be given"),
 ]
 

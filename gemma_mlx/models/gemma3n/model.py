@@ -163,6 +163,7 @@ class Gemma3n(CausalModel):
         input_ids: Any,
         attention_mask: Any = None,
         mm_token_type_ids: Any = None,
+        segment_ids: Any = None,
         image_soft_tokens: mx.array | None = None,
         audio_soft_tokens: mx.array | None = None,
         per_layer_rows: mx.array | None = None,
@@ -171,8 +172,8 @@ class Gemma3n(CausalModel):
         recompute: int = 0,
         **media: Any,
     ) -> mx.array:
-        """Hidden states [B, T, H] after the final norm; padding, `per_layer_rows`, `cache`, `labels` and `recompute` as
-        in `Gemma4.hidden`.
+        """Hidden states [B, T, H] after the final norm; padding, `segment_ids`, `per_layer_rows`, `cache`, `labels` and
+        `recompute` as in `Gemma4.hidden`.
 
         Raises:
             InputError: the number of slots differs from that of the soft tokens, an id beyond the vocabulary, media
@@ -191,5 +192,6 @@ class Gemma3n(CausalModel):
             if tokens is not None and tokens.shape[0]:
                 embeddings = splice(embeddings, ids == getattr(self.spec, f"{kind}_token_id"), tokens)
         valid = known_valid(attention_mask, ids.shape, cache)
-        where = place(self.spec.text, ids.shape[1], embeddings.dtype, valid, cache)
+        segments = None if segment_ids is None else mx.array(segment_ids)
+        where = place(self.spec.text, ids.shape[1], embeddings.dtype, valid, cache, segment_ids=segments)
         return text(embeddings, text.per_layer_inputs(ids, embeddings, per_layer_rows), where, cache, labels, recompute)

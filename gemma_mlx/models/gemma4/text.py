@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mlx.errors import InputError
 from gemma_mlx.models.base import TiedDecoder
 from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.gemma4.experts import Experts, Router
@@ -67,6 +68,13 @@ def vision_runs(mm_token_type_ids: mx.array) -> mx.array:
     return mx.where(vision, mx.cumsum((vision & ~before).astype(mx.int32), axis=1), 0)
 
 
+def positions_in_segments(segment_ids: mx.array) -> mx.array:
+    """int [B, T]: how many positions of the same segment come before each, so that every segment begins at 0."""
+    columns = mx.arange(segment_ids.shape[1])[None]
+    begins = mx.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+    return columns - mx.cummax(mx.where(begins, columns, 0), axis=1)
+
+
 def additive_mask(
     queries: mx.array,
     keys: mx.array,
@@ -75,6 +83,7 @@ def additive_mask(
     dtype: mx.Dtype,
     runs: mx.array | None = None,
     windowed_runs: bool = True,
+    segment_ids: mx.array | None = None,
 ) -> mx.array:
     """Mask [B or 1, 1, Tq, Tk]: 0 where a key may be seen, else the dtype's most negative finite value.
 
@@ -88,6 +97,8 @@ def additive_mask(
         runs: int [B, Tq], as `vision_runs` gives them, where the queries are the last Tq of the keys: within a run,
             later keys are seen too.
         windowed_runs: whether the window limits what is seen within a run.
+        segment_ids: int [B, Tk], where queries and keys are the same positions: nothing else is seen than the own
+            segment. Distances and runs may be those of the whole row.
     """
     distance = queries[:, None, :, None] - keys[None, None, None, :]
     seen, near = distance >= 0, None if window is None else distance < window
@@ -100,6 +111,8 @@ def additive_mask(
         seen = mx.logical_or(seen, within)
         if near is not None and windowed_runs:
             seen = mx.logical_and(seen, near)
+    if segment_ids is not None:
+        seen = mx.logical_and(seen, segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     if valid is not None:
         seen = mx.logical_and(seen, valid[:, None, None, :])
     return mx.where(seen, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
@@ -162,6 +175,7 @@ def place(
     valid: mx.array | None = None,
     cache: Cache | None = None,
     mm_token_type_ids: mx.array | None = None,
+    segment_ids: mx.array | None = None,
 ) -> Place:
     """The place of `length` consecutive tokens after those that `cache` has seen.
 
@@ -170,7 +184,11 @@ def place(
             mask hides padding on the right from every real token).
         mm_token_type_ids: int [B, length], of models whose pictures see themselves whole; None for causal attention
             alone. A picture cut over two calls sees only what has been given so far.
+        segment_ids: int [B, length], the same number along each of the samples that lie end to end in a row: each
+            sees itself alone and counts its positions from 0. Not with a cache.
     """
+    if segment_ids is not None and cache is not None:
+        raise InputError("segment_ids: packed rows are read whole; leave out the cache, or the segment_ids")
     runs = None
     if mm_token_type_ids is not None and spec.bidirectional_vision and length > 1:
         runs = vision_runs(mm_token_type_ids)
@@ -179,14 +197,15 @@ def place(
     for kind, window in ((FULL, None), (SLIDING, spec.sliding_window)):
         n_keys = length + (0 if cache is None else cache.held(kind))
         own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
-        if valid is None and own_runs is None and (window is None or n_keys <= window):
+        if valid is None and own_runs is None and segment_ids is None and (window is None or n_keys <= window):
             masks[kind] = None if length == 1 else "causal"
             continue
         queries = mx.arange(offset, offset + length)[None]
         keys = mx.arange(offset + length - n_keys, offset + length)
         seen = None if valid is None else valid[:, -n_keys:]
-        masks[kind] = additive_mask(queries, keys, window, seen, dtype, own_runs, spec.vision_runs == "sliding")
-    return Place(offset, masks)
+        windowed_runs = spec.vision_runs == "sliding"
+        masks[kind] = additive_mask(queries, keys, window, seen, dtype, own_runs, windowed_runs, segment_ids)
+    return Place(offset if segment_ids is None else positions_in_segments(segment_ids), masks)
 
 
 class Attention(nn.Module):
