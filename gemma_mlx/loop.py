@@ -13,6 +13,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gemma_mlx import checkpoint, machine
 from gemma_mlx.ahead import Ahead
 from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, NO_TARGETS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
+from gemma_mlx.data.buckets import MOST_VALID, TOKENS, choose_buckets, of_sample
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.order import Grouped, Plan, Shuffled, padding
@@ -38,7 +40,7 @@ from gemma_mlx.optimizers import OPTIMIZERS, rounding_key
 from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
-from gemma_mlx.step import Step, Sums, add
+from gemma_mlx.step import Step, Sums, add, should_compile
 from gemma_mlx.tower_store import open_store
 
 METRICS = "metrics.jsonl"
@@ -196,8 +198,9 @@ def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: 
     prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
     rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
     with ThreadPoolExecutor(4) as pool:
-        check = pool.map(lambda e: len(processor.sample(e, with_features=False)), rows.examples)
-        rows.lengths = list(say.each(check, len(rows), f"checking {path}"))
+        check = pool.map(lambda e: of_sample(processor.sample(e, with_features=False)), rows.examples)
+        rows.sizes = np.stack(list(say.each(check, len(rows), f"checking {path}")))
+    rows.lengths = rows.sizes[:, TOKENS].tolist()
     return rows
 
 
@@ -224,7 +227,7 @@ class Job:
     ):  # fmt: skip
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
         self.step = Step(
-            model, config.clip, lanes=machine.lanes(config.batch_size),
+            model, config.clip, lanes=1 if should_compile() else machine.lanes(config.batch_size),
             pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
             towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
             optimizer=OPTIMIZERS[config.optimizer],
@@ -232,16 +235,28 @@ class Job:
         self.weights: Weights = trained_parameters(model, masters=config.master_weights != NO_MASTERS)
         self.moments = self.step.optimizer.init(self.weights)
         self.pad_id = processor.pad_id
-        self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
         plan = plan_of(config, rows)
+        self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
+        if self.step.compiled:
+            self._choose_buckets(plan, rows)
         batches = Batches(
             rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan
         )  # fmt: skip
         self.batches = Ahead(batches, self.step.lay_out)
         self.total = total_steps(config, plan)
-        self.padding = padding(plan.batches(0), rows.lengths, self.multiple)
+        own = self.step.buckets
+        self.padding = own.padding if own else padding(plan.batches(0), rows.lengths, self.multiple)
         self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
         self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
+
+    def _choose_buckets(self, plan: Plan, rows: Dataset) -> None:
+        """Few shapes for the compiled step, which pads to them from what is not padded yet."""
+        self.multiple, size, step = 1, self.config.batch_size, self.step
+        step.buckets = choose_buckets(rows.sizes, plan, size, partial(step.work, size))
+        if self.valid is not None:
+            in_order = Shuffled(len(self.valid), size, shuffle=False)
+            cost = partial(step.work, size)
+            step.valid_buckets = choose_buckets(self.valid.sizes, in_order, size, cost, MOST_VALID)
 
     @property
     def done(self) -> bool:
@@ -311,12 +326,11 @@ class Job:
     def _train_step(self) -> None:
         """Sum gradients over the accumulated batches, divide once by their labels, clip, update, log."""
         p, c, began, wait = self.progress, self.config, time.perf_counter(), 0.0
-        grads, sums, positions = None, Sums(), 0
+        grads, sums = None, Sums()
         for micro in range(c.accumulate):
             asked = time.perf_counter()
             batch = next(self.batches)
             wait += time.perf_counter() - asked
-            positions += sum(part.arrays["input_ids"].size for part in batch)
             more, part = self.step.gradients(self.weights, batch, dropout_key(c.seed, p.step, micro))
             grads = more if grads is None else add(grads, more)
             sums.add(part.loss, part.correct, part)
@@ -335,7 +349,7 @@ class Job:
         p.tokens, p.label_tokens, p.seconds = p.tokens + sums.tokens, p.label_tokens + sums.labels, p.seconds + seconds
         w = p.window
         w.steps, w.loss, w.correct, w.labels = w.steps + 1, w.loss + loss, w.correct + correct, w.labels + sums.labels
-        w.tokens, w.positions = w.tokens + sums.tokens, w.positions + positions
+        w.tokens, w.positions = w.tokens + sums.tokens, w.positions + sums.positions
         w.seconds, w.wait = w.seconds + seconds, w.wait + wait
         if p.step % c.log_every == 0 or p.step == self.total:
             self._log_window(lr, norm.item())
@@ -354,6 +368,7 @@ class Job:
             "tokens_per_second": w.tokens / max(w.seconds, 1e-9),
             "step_seconds": w.seconds / w.steps,
             "data_wait": w.wait / w.steps,
+            "compilations": self.step.compilations,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
         p.window = Window()
@@ -430,6 +445,7 @@ class Job:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "adapter_weights": sum(w.size for w in self.weights.values()),
             "compiled": self.step.compiled,
+            "compilations": dict(self.step.traces),
             "tower_cache": self.step.tower_report(),
             "device": machine.describe(),
             "config": dataclasses.asdict(self.config),

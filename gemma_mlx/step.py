@@ -19,12 +19,13 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.batch import Batch
+from gemma_mlx.data.buckets import LABELS, ROW_LABELS, TOKENS, Buckets
 from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.full import trained_places
 from gemma_mlx.lanes import shared
-from gemma_mlx.layout import Laid, lay_out, split
+from gemma_mlx.layout import EXACT, FEW, Laid, Lengths, lay_out, lay_out_in, sizes, split
 from gemma_mlx.lora import dropout_keys, lora_layers
-from gemma_mlx.loss import POSITION_BUCKET, at_positions, loss_sum
+from gemma_mlx.loss import at_positions, loss_sum
 from gemma_mlx.models.label_rows import LabelRows, label_rows
 from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_token_index
 from gemma_mlx.models.tables import DiskTable, tables_on_disk
@@ -35,8 +36,6 @@ from gemma_mlx.tower_store import Memory, Store
 
 COMPILE_VARIABLE = "GEMMA_MLX_COMPILE"
 """``off`` runs every step uncompiled."""
-SOFT_BUCKET = 64
-"""Soft-token lists are padded to a multiple of this in compiled steps."""
 WORTH_PICKING = 0.9
 """Layers above the line see label positions alone if that leaves at most this part of their FLOPs: below it gathering
 rows and masks costs more than it saves."""
@@ -53,22 +52,25 @@ class Prepared:
     arrays: Arrays
     labels: int
     tokens: int
-    rows: int
+    positions: int
 
 
 @dataclass
 class Sums:
-    """Of one or more batches: loss and correct argmaxes (lazy float32 scalars), label positions, tokens."""
+    """Of one or more batches: loss and correct argmaxes (lazy float32 scalars), label positions, tokens, and positions
+    with padding."""
 
     loss: Any = 0.0
     correct: Any = 0.0
     labels: int = 0
     tokens: int = 0
+    positions: int = 0
 
     def add(self, loss: Any, correct: Any, counted: Prepared | Sums) -> None:
         """Add one batch's."""
         self.loss, self.correct = self.loss + loss, self.correct + correct
         self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
+        self.positions += counted.positions
 
 
 def add(a: Weights, b: Weights) -> Weights:
@@ -96,7 +98,7 @@ def prepare(laid: Laid, frozen: dict[str, TowerCache] | None = None, table: Disk
         arrays[f"{kind}_features"] = mx.pad(made, [(0, laid.soft_tokens[kind] - len(made)), (0, 0)])
     if laid.table is not None:
         arrays["per_layer_rows"] = table.unpacked(laid.table)
-    return Prepared(arrays, laid.labels, laid.tokens, laid.rows)
+    return Prepared(arrays, laid.labels, laid.tokens, laid.positions)
 
 
 class Step:
@@ -110,13 +112,16 @@ class Step:
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
     n-th decoder layer; 0 none. ``chunked_loss`` as in ``gemma_mlx.loss.label_scores``. ``towers`` keeps what
-    frozen towers made of each medium; in memory by default. ``optimizer``: what ``apply`` applies.
+    frozen towers made of each medium; in memory by default. ``optimizer``: what ``apply`` applies. ``buckets`` (and
+    ``valid_buckets`` for ``evaluate``) bound the number of compilations; without them lists are padded to small
+    multiples.
     """
 
     def __init__(
         self, model: Any, clip: float = 0.0, compiled: bool | None = None, lanes: int = 1, pick_labels: bool = True,
         recompute: int = 0, chunked_loss: bool | None = None, towers: Store | None = None,
-        optimizer: Optimizer = OPTIMIZERS["adamw"],
+        optimizer: Optimizer = OPTIMIZERS["adamw"], buckets: Buckets | None = None,
+        valid_buckets: Buckets | None = None,
     ):  # fmt: skip
         self.model = model
         self.chunked_loss = chunked_loss
@@ -133,16 +138,33 @@ class Step:
         self.recompute = recompute
         self.compiled = should_compile() if compiled is None else compiled
         trained = {part for name in self.places for part in name.split(".")}
+        self.buckets, self.valid_buckets = buckets, valid_buckets
+        self.traces = dict.fromkeys(("gradients", "evaluate", "apply"), 0)
         self.towers = Memory() if towers is None else towers
         self.frozen = {
             kind: self._tower_cache(kind)
             for kind in MEDIA
             if (tower := module_names(kind)[0]) in model.model and tower not in trained
         }
-        wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda f: f
-        self._gradients = wrap(mx.value_and_grad(self._training_loss))
-        self._evaluate = wrap(self._loss)
-        self._apply = wrap(self._updated)
+        self._gradients = self._wrap("gradients", mx.value_and_grad(self._training_loss))
+        self._evaluate = self._wrap("evaluate", self._loss)
+        self._apply = self._wrap("apply", self._updated)
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled and its compilations counted where steps are compiled."""
+        if not self.compiled:
+            return function
+
+        def traced(*arguments: Any) -> Any:
+            self.traces[name] += 1  # runs only while a new shape is traced
+            return function(*arguments)
+
+        return mx.compile(traced)
+
+    @property
+    def compilations(self) -> int:
+        """How many graphs were compiled so far."""
+        return sum(self.traces.values())
 
     def _tower_cache(self, kind: str) -> TowerCache:
         name, in_memory = module_names(kind)[0], isinstance(self.towers, Memory)
@@ -159,27 +181,45 @@ class Step:
 
     def lay_out(self, batch: Batch) -> list[Laid]:
         """The part of a step that needs no weights: each lane's rows in NumPy. May run in any thread."""
-        return [self._laid(part) for part in split(batch, self.lanes, self.model.spec)]
+        return [self._laid(part, self.buckets) for part in split(batch, self.lanes, self.model.spec)]
 
-    def _laid(self, batch: Batch) -> Laid:
+    def _laid(self, batch: Batch, buckets: Buckets | None = None) -> Laid:
         """``lay_out`` with the padding that compiled steps need, and the rows of a table on disk."""
-        laid = lay_out(batch, self.model.spec, self.frozen, SOFT_BUCKET if self.compiled else 1)
+        spec = self.model.spec
+        bucket = None if buckets is None else buckets.find(sizes(batch, spec), len(batch.input_ids))
+        if bucket is None:
+            lengths = FEW if self.compiled else EXACT
+            laid = lay_out(batch, spec, self.frozen, lengths)
+        else:
+            lengths = Lengths.of(bucket)
+            laid = lay_out_in(bucket, buckets.rows, batch, spec, self.frozen)
         if self.table is not None:
-            laid.table = self.table.read(self.model.per_layer_ids(batch.input_ids))
+            laid.table = self.table.read(self.model.per_layer_ids(laid.arrays["input_ids"]))
         if self.pick_labels:
-            laid.arrays |= self._label_rows(batch, laid)
+            laid.arrays |= self._label_rows(laid, lengths.columns)
         return laid
 
     def prepare(self, part: Batch | Laid) -> Prepared:
         """``prepare`` of a batch, or of what was laid out before."""
-        return prepare(self._laid(part) if isinstance(part, Batch) else part, self.frozen, self.table)
+        laid = self._laid(part, self.buckets) if isinstance(part, Batch) else part
+        return prepare(laid, self.frozen, self.table)
 
-    def _label_rows(self, batch: Batch, laid: Laid) -> dict[str, np.ndarray]:
+    def _label_rows(self, laid: Laid, multiple: int) -> dict[str, np.ndarray]:
         """The index arrays of ``LabelRows`` but ``flat``; none where they do not pay."""
-        (rows, length), flat = batch.input_ids.shape, laid.arrays["positions"]
-        found = label_rows(flat, laid.labels, (rows, length), POSITION_BUCKET if self.compiled else 1)
-        picked = self.cost.upper(rows, length, Picked(len(flat), found["columns"].size))
-        return {} if picked > WORTH_PICKING * self.cost.upper(rows, length) else found
+        shape, flat = laid.arrays["input_ids"].shape, laid.arrays["positions"]
+        found = label_rows(flat, laid.labels, shape, multiple)
+        return found if self._pays(shape, Picked(len(flat), found["columns"].size)) else {}
+
+    def _pays(self, shape: tuple[int, int], picked: Picked) -> bool:
+        return self.cost.upper(*shape, picked) <= WORTH_PICKING * self.cost.upper(*shape)
+
+    def work(self, rows: int, bucket: np.ndarray) -> float:
+        """FLOPs of a step over a bucket: decoder and head."""
+        shape, positions = (rows, int(bucket[TOKENS])), int(bucket[LABELS])
+        picked = Picked(positions, rows * int(bucket[ROW_LABELS]))
+        picked = picked if self.pick_labels and self._pays(shape, picked) else None
+        text = self.model.spec.text
+        return self.cost.step(*shape, picked, self.recompute) + 4 * text.hidden_size * text.vocab_size * positions
 
     def _dropout_from(self, line: int) -> bool:
         """Whether an adapter in or above a decoder layer has dropout: its masks have the stream's shape."""
@@ -214,7 +254,7 @@ class Step:
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""
         sums = Sums()
-        ready = self.prepare(batch)
+        ready = self.prepare(self._laid(batch, self.valid_buckets))
         total, correct = self._call(self._evaluate, weights, ready.arrays, None)
         sums.add(total, correct, ready)
         return sums

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from gemma_mlx.data.examples import Example, Folders, Prompts, RowReader
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.local import CsvRows
@@ -25,7 +27,7 @@ class Dataset:
     threads.
 
     Attributes:
-        lengths: tokens of each row, once somebody has counted them; else None.
+        lengths, sizes: tokens of each row, and its line of `gemma_mlx.data.buckets`, once they have been counted.
 
     Args:
         path: the CSV; relative media paths start from its folder. See `gemma_mlx.data.examples` for the columns.
@@ -57,6 +59,7 @@ class Dataset:
             path, media_roots, columns, prompts=prompts, need_answer=need_answer, check=processor.check
         )
         self.lengths: list[int] | None = None
+        self.sizes: np.ndarray | None = None
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached, self._lock = cache_bytes, 0, threading.Lock()
 

@@ -186,10 +186,10 @@ class Gemma4(CausalModel):
         Right padding needs no attention_mask without a cache: causality hides it from every token. What comes out at
         padded positions means nothing. With a cache, tokens continue those it has seen; attention_mask then tells the
         padding among the new ones ([B, T], or [B, seen + T] of which the end is used; so mm_token_type_ids), and padded
-        keys stay hidden. segment_ids int [B, T], as in `Batch`: samples end to end in a row, each of which sees itself
-        alone and counts its positions from 0; without a cache. per_layer_rows: [B, T, layers · width], the per-layer
-        table's at `per_layer_ids`, needed only where this call is traced and the table lies on disk. For a training
-        step: with `labels` hidden states [N, H] at those positions alone, for a fraction of the work; `recompute` n
+        keys stay hidden. per_layer_rows: [B, T, layers · width], the per-layer table's at `per_layer_ids`, needed only
+        where this call is traced and the table lies on disk. segment_ids int [B, T], as in `Batch`: samples end to end
+        in a row, each of which sees itself alone and counts its positions from 0; without a cache. For a training step:
+        with `labels` hidden states [N, H] at those positions alone, for a fraction of the work; `recompute` n
         recomputes every n-th layer in the backward.
 
         Raises:
