@@ -11,6 +11,7 @@ others; ``in_pieces`` and ``pause`` keep the graphs of a lane short.
 from __future__ import annotations
 
 import atexit
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ import mlx.core as mx
 
 Task = tuple[Future, Callable[..., Any], tuple[Any, ...]]
 _here = local()
+PART_TOKENS = 512
+"""Positions that are worth a part of their own. Where rows are that long each is computed alone: no work is spent on
+the padding that a longer neighbour needs, and no more parts are in memory than there are lanes."""
 
 
 @contextmanager
@@ -54,12 +58,19 @@ class Lanes:
 
     def map(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """``function`` of each row of arguments, in order; the first error is raised once all have ended."""
-        futures = [Future() for _ in arguments[0]]
+        return list(self.each(function, *arguments))
+
+    def each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> Iterator[Any]:
+        """``map`` that hands out each result, in order, as soon as it is there, and keeps none."""
+        futures = deque(Future() for _ in arguments[0])
         for future, row in zip(futures, zip(*arguments, strict=True), strict=True):
             self._tasks.put((future, function, row))
-        for future in futures:
-            future.exception()
-        return [future.result() for future in futures]
+        try:
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            for future in futures:
+                future.exception()
 
     def _work(self) -> None:
         mx.set_default_stream(mx.new_stream(mx.default_device()))

@@ -16,10 +16,10 @@ from gemma_mlx.data.buckets import LABELS, LONGEST, MULTIPLES, ROW_LABELS, SOFT,
 from gemma_mlx.data.buckets import MEDIA as MEDIA_COUNT
 from gemma_mlx.data.features import MEL_BINS
 from gemma_mlx.errors import InputError
-from gemma_mlx.lanes import edges
 from gemma_mlx.loss import POSITION_BUCKET, label_positions
 from gemma_mlx.models.media import MEDIA, fixed_soft_tokens, soft_token_counts, soft_token_index
 from gemma_mlx.models.tables import TableRows
+from gemma_mlx.parts import placing
 from gemma_mlx.tower_cache import Medium, TowerCache
 
 SOFT_BUCKET = 64
@@ -46,46 +46,6 @@ class Laid:
     media: dict[str, list[Medium]] = field(default_factory=dict)
     soft_tokens: dict[str, int] = field(default_factory=dict)
     table: TableRows | None = None
-
-
-def split(batch: Batch, lanes: int, spec: Any) -> list[Batch]:
-    """The batch as up to ``lanes`` batches of consecutive rows, each with its own media."""
-    rows = len(batch.input_ids)
-    lanes = min(lanes, rows)
-    if lanes <= 1:
-        return [batch]
-    at = edges(rows, lanes)
-    given = {kind: placing(batch, kind) for kind in MEDIA}
-    soft = {kind: None if a is None else soft_token_counts(spec, kind, a) for kind, a in given.items()}
-    cuts = {kind: _media_edges(batch, counts, kind, at, spec) for kind, counts in soft.items()}
-    return [_rows(batch, i, at, cuts) for i in range(lanes)]
-
-
-def placing(batch: Batch, kind: str) -> np.ndarray | None:
-    """The array that tells a medium's values from padding; the values themselves where nothing is padded."""
-    values, where = (getattr(batch, name) for name in MEDIA[kind])
-    return values if where is None else where
-
-
-def _media_edges(batch: Batch, counts: np.ndarray | None, kind: str, at: list[int], spec: Any) -> list[int]:
-    """How many media of a kind lie in the rows before each edge."""
-    if counts is None:
-        return [0] * len(at)
-    slots = (batch.input_ids == getattr(spec, f"{kind}_token_id")).sum(1)
-    ends = np.cumsum(counts)
-    return [int(np.searchsorted(ends, slots[:edge].sum(), side="right")) if edge else 0 for edge in at]
-
-
-def _rows(batch: Batch, lane: int, at: list[int], cuts: dict[str, list[int]]) -> Batch:
-    rows = slice(at[lane], at[lane + 1])
-    parts: dict[str, Any] = {"row_ids": batch.row_ids[rows]}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segment_ids"):
-        parts[name] = None if (array := getattr(batch, name)) is None else array[rows]
-    for kind, names in MEDIA.items():
-        a, b = cuts[kind][lane : lane + 2]
-        if a < b:
-            parts |= {n: array[a:b] for n in names if (array := getattr(batch, n)) is not None}
-    return Batch(**parts)
 
 
 @dataclass(frozen=True)

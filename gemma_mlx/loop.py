@@ -207,10 +207,17 @@ def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: 
 def plan_of(config: TrainConfig, rows: Dataset) -> Plan:
     """Which rows make up which batches, as the options say."""
     if config.packing:
-        return Packed(rows.lengths, config.batch_size, config.pack_tokens or max(rows.lengths), config.seed)
+        return Packed(rows.lengths, config.batch_size, row_tokens(config, rows), config.seed)
     if config.group_by_length:
         return Grouped(rows.lengths, config.batch_size, config.seed)
     return Shuffled(len(rows), config.batch_size, config.seed)
+
+
+def row_tokens(config: TrainConfig, rows: Dataset) -> int:
+    """Tokens of a batch's row on average; of packed rows what they have room for."""
+    if config.packing:
+        return config.pack_tokens or max(rows.lengths)
+    return sum(rows.lengths) // len(rows)
 
 
 def total_steps(config: TrainConfig, plan: Plan) -> int:
@@ -226,11 +233,11 @@ class Job:
         valid: Dataset | None, say: Reporter,
     ):  # fmt: skip
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
+        lanes = 1 if should_compile() else machine.lanes(config.batch_size, row_tokens(config, rows))
         self.step = Step(
-            model, config.clip, lanes=1 if should_compile() else machine.lanes(config.batch_size),
-            pick_labels=config.label_positions == "auto", recompute=config.checkpoint_layers,
+            model, config.clip, lanes=lanes, pick_labels=config.label_positions == "auto",
+            recompute=config.checkpoint_layers, optimizer=OPTIMIZERS[config.optimizer],
             towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
-            optimizer=OPTIMIZERS[config.optimizer],
         )  # fmt: skip
         self.weights: Weights = trained_parameters(model, masters=config.master_weights != NO_MASTERS)
         self.moments = self.step.optimizer.init(self.weights)

@@ -15,6 +15,8 @@ from gemma_mlx import blas  # before mlx.core
 
 import mlx.core as mx  # isort: skip
 
+from gemma_mlx.lanes import PART_TOKENS  # isort: skip
+
 MOST_LANES = 4
 CACHE_SHARE = 0.25
 """Part of the working set that freed buffers may occupy before MLX gives them back."""
@@ -44,15 +46,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def lanes(rows: int) -> int:
-    """Threads to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core, with at least 4 rows each.
+def lanes(rows: int, length: float = 0) -> int:
+    """Threads to share a batch of ``rows`` out to: 1 on a GPU; on a CPU up to one a core.
+
+    Each gets at least 4 rows, or one where rows of ``length`` tokens are long enough to be parts of their own.
 
     OpenBLAS then gets the cores that are left to each thread: its own idle threads spin, and more of them than cores
     make a step several times slower.
     """
     if mx.default_device().type == mx.gpu:
         return 1
-    chosen = max(1, min(MOST_LANES, cores(), rows // 4))
+    chosen = max(1, min(MOST_LANES, cores(), rows, max(rows // 4, int(rows * length) // PART_TOKENS)))
     if blas.loaded and "OPENBLAS_NUM_THREADS" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(blas.loaded).openblas_set_num_threads(max(1, cores() // chosen))

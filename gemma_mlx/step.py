@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -23,7 +23,7 @@ from gemma_mlx.data.buckets import LABELS, ROW_LABELS, TOKENS, Buckets
 from gemma_mlx.flops import DecoderCost, Picked
 from gemma_mlx.full import trained_places
 from gemma_mlx.lanes import shared
-from gemma_mlx.layout import EXACT, FEW, Laid, Lengths, lay_out, lay_out_in, sizes, split
+from gemma_mlx.layout import EXACT, FEW, Laid, Lengths, lay_out, lay_out_in, sizes
 from gemma_mlx.lora import dropout_keys, lora_layers
 from gemma_mlx.loss import at_positions, loss_sum
 from gemma_mlx.models.label_rows import LabelRows, label_rows
@@ -31,6 +31,7 @@ from gemma_mlx.models.media import MEDIA, module_names, reads_padding, soft_toke
 from gemma_mlx.models.tables import DiskTable, tables_on_disk
 from gemma_mlx.optim import Weights, clip_by_norm
 from gemma_mlx.optimizers import OPTIMIZERS, Optimizer, State, update
+from gemma_mlx.parts import split
 from gemma_mlx.tower_cache import TowerCache, tower_identity
 from gemma_mlx.tower_store import Memory, Store
 
@@ -66,7 +67,7 @@ class Sums:
     tokens: int = 0
     positions: int = 0
 
-    def add(self, loss: Any, correct: Any, counted: Prepared | Sums) -> None:
+    def add(self, loss: Any, correct: Any, counted: Laid | Sums) -> None:
         """Add one batch's."""
         self.loss, self.correct = self.loss + loss, self.correct + correct
         self.labels, self.tokens = self.labels + counted.labels, self.tokens + counted.tokens
@@ -104,10 +105,10 @@ def prepare(laid: Laid, frozen: dict[str, TowerCache] | None = None, table: Disk
 class Step:
     """The functions of one training step over a model with adapters, or with modules that train in full.
 
-    ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 the rows of a batch are shared out to as many
-    threads, which work side by side on a CPU (see ``gemma_mlx.lanes``). Towers in which nothing trains are encoded
-    outside the function that is differentiated, where MLX's fused attention is available, and each medium only once
-    while the cache holds it.
+    ``compiled`` defaults to ``should_compile()``. With ``lanes`` above 1 a batch is computed in parts
+    (``gemma_mlx.parts``) by as many threads, which work side by side on a CPU (``gemma_mlx.lanes``). Towers in which
+    nothing trains are encoded outside the function that is differentiated, where MLX's fused attention is available,
+    and each medium only once while the cache holds it.
 
     With ``pick_labels``, the layers above the last one that owns keys and values see label positions alone, wherever
     that is exact (no dropout there) and saves FLOPs (``WORTH_PICKING``). ``recompute`` n: the gradient recomputes every
@@ -180,8 +181,13 @@ class Step:
         return {**found, "bytes": self.towers.nbytes}
 
     def lay_out(self, batch: Batch) -> list[Laid]:
-        """The part of a step that needs no weights: each lane's rows in NumPy. May run in any thread."""
-        return [self._laid(part, self.buckets) for part in split(batch, self.lanes, self.model.spec)]
+        """The part of a step that needs no weights: parts of the batch in NumPy. May run in any thread."""
+        return self._lay_out(batch, self.buckets)
+
+    def _lay_out(self, batch: Batch, buckets: Buckets | None) -> list[Laid]:
+        """The largest part first, so that the lanes end together."""
+        parts = [self._laid(part, buckets) for part in split(batch, self.lanes, self.model.spec)]
+        return sorted(parts, key=lambda part: -part.positions)
 
     def _laid(self, batch: Batch, buckets: Buckets | None = None) -> Laid:
         """``lay_out`` with the padding that compiled steps need, and the rows of a table on disk."""
@@ -230,34 +236,47 @@ class Step:
         """(gradients of the summed loss by tensor name, sums), lazy. ``key`` decides the dropout masks."""
         parts = self.lay_out(batch) if isinstance(batch, Batch) else batch
         keys = [key if i == 0 else mx.random.split(key, i + 1)[i] for i in range(len(parts))]
-        if len(parts) > 1:
-            mx.eval(keys, weights, self.model.parameters())
-            done = shared(self.lanes).map(lambda part, k: self._lane(weights, part, k), parts, keys)
-        else:
-            done = [self._lane(weights, parts[0], keys[0])]
-        grads, sums = done[0]
-        for more, counted in done[1:]:
-            grads = add(grads, more)
-            sums.add(counted.loss, counted.correct, counted)
-        return grads, sums
-
-    def _lane(self, weights: Weights, part: Laid, key: mx.array) -> tuple[Weights, Sums]:
-        ready = self.prepare(part)
-        with self._tracing:
-            (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
-        sums = Sums()
-        sums.add(total, correct, ready)
-        if self.lanes > 1:
-            mx.eval(grads, sums.loss, sums.correct)
+        grads, sums = None, Sums()
+        found = self._each(self._part_gradients, weights, parts, keys)
+        for (total, correct, more), part in zip(found, parts, strict=True):
+            grads = more if grads is None else add(grads, more)
+            sums.add(total, correct, part)
+            if len(parts) > 1:
+                mx.eval(grads)  # no part's gradients wait for those of the others
         return grads, sums
 
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""
-        sums = Sums()
-        ready = self.prepare(self._laid(batch, self.valid_buckets))
-        total, correct = self._call(self._evaluate, weights, ready.arrays, None)
-        sums.add(total, correct, ready)
+        parts, sums = self._lay_out(batch, self.valid_buckets), Sums()
+        found = self._each(self._part_loss, weights, parts, [None] * len(parts))
+        for (total, correct), part in zip(found, parts, strict=True):
+            sums.add(total, correct, part)
         return sums
+
+    def _each(self, function: Any, weights: Weights, parts: list[Laid], keys: list[Any]) -> Iterator[Any]:
+        """``function`` of each part, in order; of several in the lanes, evaluated."""
+        if len(parts) == 1:
+            yield function(weights, parts[0], keys[0])
+            return
+        mx.eval(keys, weights, self.model.parameters())
+
+        def evaluated(part: Laid, key: mx.array | None) -> Any:
+            made = function(weights, part, key)
+            mx.eval(made)
+            return made
+
+        yield from shared(self.lanes).each(evaluated, parts, keys)
+
+    def _part_gradients(self, weights: Weights, part: Laid, key: mx.array) -> tuple[mx.array, mx.array, Weights]:
+        ready = self.prepare(part)
+        with self._tracing:
+            (total, correct), grads = self._call(self._gradients, weights, ready.arrays, key)
+        return total, correct, grads
+
+    def _part_loss(self, weights: Weights, part: Laid, key: None) -> tuple[mx.array, mx.array]:
+        ready = self.prepare(part)
+        with self._tracing:
+            return self._call(self._evaluate, weights, ready.arrays, key)
 
     def apply(
         self, weights: Weights, moments: State, grads: Weights, count: int, scalars: mx.array,

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from gemma_mlx.lanes import in_pieces
 from gemma_mlx.models.media import module_names
+from gemma_mlx.parts import present
 from gemma_mlx.tower_store import Memory, Store
 
 Tower = Callable[[np.ndarray, np.ndarray | None], mx.array]
@@ -63,7 +64,7 @@ class TowerCache:
         """
         places = [None] * len(values) if where is None else list(where)
         if self.trim and where is not None:
-            lengths = (where > 0 if where.ndim == 2 else (where >= 0).all(-1)).sum(axis=1)
+            lengths = present(where).sum(axis=1)
             values = [v[:n] for v, n in zip(values, lengths, strict=True)]
             places = [w[:n] for w, n in zip(places, lengths, strict=True)]
         return [self._medium(v, w) for v, w in zip(values, places, strict=True)]

@@ -8,10 +8,11 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
-from gemma_mlx.layout import lay_out, split
+from gemma_mlx.layout import lay_out
 from gemma_mlx.lora import apply_lora, lora_parameters, set_lora_parameters
 from gemma_mlx.loss import loss_and_count
 from gemma_mlx.models.load import load_model
+from gemma_mlx.parts import split
 from gemma_mlx.step import Step, can_compile
 
 
