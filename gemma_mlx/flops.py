@@ -103,3 +103,11 @@ class DecoderCost:
         costs = [self.layer(i, rows, length, picked) for i in range(len(self.layers))]
         again = sum(c.forward for c in costs[::recompute]) if recompute else 0
         return sum(sum(c) for c in costs) + again
+
+    def whole(self, rows: int, length: int) -> int:
+        """Forward and gradient of all layers as others compute them: every query meets every key of its row."""
+        positions, pairs_met = rows * length, rows * length**2
+        costs = [
+            Cost().plus(c.rest, positions).plus(c.keys_values, positions).plus(c.pair, pairs_met) for c in self.layers
+        ]
+        return sum(sum(cost) for cost in costs)
