@@ -24,6 +24,7 @@ from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.order import Grouped, Shuffled
 from gemma_mlx.data.packing import Packed
 from gemma_mlx.data.template import Sample
+from gemma_mlx.flops import Picked
 from gemma_mlx.lora import lora_parameters
 from gemma_mlx.step import Step
 
@@ -50,6 +51,16 @@ def epoch(step: Step, weights: dict, batches: list) -> tuple[float, float]:
         mx.eval(grads, sums.loss)
         loss += sums.loss.item()
     return time.perf_counter() - began, loss
+
+
+def flops(step: Step, batches: list) -> int:
+    """Counted FLOPs of the decoder's forward and gradient over all batches."""
+    total = 0
+    for batch in batches:
+        arrays = step.prepare(batch).arrays
+        picked = Picked(arrays["positions"].size, arrays["columns"].size) if "columns" in arrays else None
+        total += step.cost.step(*batch.input_ids.shape, picked)
+    return total
 
 
 def main() -> None:
@@ -85,14 +96,26 @@ def main() -> None:
         f"{len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, {tokens / len(rows):.0f} in the mean; medians "
         f"of {options.pairs}\n"
     )
-    print("| batches | of them | padding | tokens/s | of shuffled | loss differs by |\n" + "| --- " * 6 + "|")
+    heads = (
+        "batches",
+        "of them",
+        "padding",
+        "decoder GFLOP",
+        "of shuffled",
+        "tokens/s",
+        "× shuffled",
+        "loss differs by",
+    )
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     plain = next(iter(plans))
     for name, batches in made.items():
         positions = sum(batch.input_ids.size for batch in batches)
+        counted = [flops(step, made[which]) for which in (name, plain)]
         times = [statistics.median(seconds[which][1:]) for which in (name, plain)]
         print(
-            f"| {name} | {len(batches)} | {1 - tokens / positions:.1%} | {tokens / times[0]:.0f} | "
-            f"{times[1] / times[0]:.2f} | {abs(losses[name] / losses[plain] - 1):.0e} |"
+            f"| {name} | {len(batches)} | {1 - tokens / positions:.1%} | {counted[0] / 1e9:.0f} | "
+            f"{counted[0] / counted[1]:.2f} | {tokens / times[0]:.0f} | {times[1] / times[0]:.2f} | "
+            f"{abs(losses[name] / losses[plain] - 1):.0e} |"
         )
 
 

@@ -96,12 +96,13 @@ def noisy(backend: TorchBackend, batch: Batch, size: float = 1e-7) -> Iterator[B
         if implementation == "sdpa":
             yield batch
     for seed in (0, 1):
-        with _perturbed(backend.model, batch, seed, size) as changed:
+        with perturbed(backend.model, batch, seed, size) as changed:
             yield changed
 
 
 @contextmanager
-def _perturbed(model, batch: Batch, seed: int, size: float):
+def perturbed(model, batch: Batch, seed: int, size: float):
+    """The batch with noise on its media, while the model has noise on its token embeddings."""
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
 

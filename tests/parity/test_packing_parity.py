@@ -19,7 +19,7 @@ import tiny_gemma3n
 from larger_pairs import MAKERS, make_larger
 from packed_rows import GROUPS, apart, packed, samples_of
 from parity_cases import random_lora, relative_differences
-from parity_pairs import ALPHA, PATTERNS, RANK, copy_lora, make_adapted
+from parity_pairs import ALPHA, PATTERNS, RANK, copy_lora, make_adapted, perturbed
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import apply_lora, lora_layers, lora_parameters
@@ -44,8 +44,8 @@ SETTINGS = {
 LOSS, GRADIENT = 1e-6, 1e-5
 
 
-def adapted_model(folder, name="", targets="decoder", dropout=0.0):
-    model = load_model(folder, vision_runs="all" if name.endswith("in all layers") else "sliding")
+def adapted_model(folder, name="", targets="decoder", dropout=0.0, **options):
+    model = load_model(folder, vision_runs="all" if name.endswith("in all layers") else "sliding", **options)
     apply_lora(model, targets, RANK, ALPHA, dropout)
     copy_lora(random_lora({p: layer.weight.shape for p, layer in lora_layers(model).items()}, RANK), model)
     return model
@@ -201,6 +201,16 @@ def test_media_encoded_in_the_gradient(family):
     judged(*(gradients(step, batch) for batch in (packed(samples, GROUPS), apart(samples))))
 
 
+@pytest.mark.parametrize("family", ["E2B"], indirect=True)
+def test_tables_on_disk_and_cached_towers(family):
+    """The second step finds all media in the cache, whichever way their samples lie."""
+    name, folder, _ = family
+    samples = samples_of(name)
+    step = Step(adapted_model(folder, disk_bytes=0), compiled=False)
+    assert step.tables and step.frozen
+    judged(*(gradients(step, batch) for batch in (packed(samples, GROUPS), apart(samples))))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["E2B", "31B", "Gemma 3"], indirect=True)
 def test_compiled(family):
@@ -227,13 +237,15 @@ ORACLES = {
 }
 
 
-def transformers_alone(pair, samples):
+def transformers_alone(pair, samples, noise_seed=None):
     """(loss sum, path -> summed gradients) of transformers over the samples one at a time."""
     total, sums = 0.0, {}
     for sample in samples:
         if pair.name in ("Gemma 3", "3n"):
             sample = dataclasses.replace(sample, mm_token_type_ids=None)
-        found = pair.theirs.run(sample)
+        size = 0.0 if noise_seed is None else 1e-7
+        with perturbed(pair.theirs.model, sample, noise_seed or 0, size) as changed:
+            found = pair.theirs.run(changed)
         total += found.loss * sample.label_count
         for path, grads in found.gradients.items():
             more = [g * sample.label_count for g in grads]
@@ -243,11 +255,14 @@ def transformers_alone(pair, samples):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_against_transformers_one_at_a_time(name, tmp_path, judge):
+    """The floor is the reference's own, with noise of 1e-7 on embeddings and media."""
     FAMILIES[name](tmp_path)
     pair, samples = ORACLES[name](str(tmp_path)), samples_of(name)
     total, sums = transformers_alone(pair, samples)
+    noisy = transformers_alone(pair, samples, noise_seed=1)[1]
+    floor = max(relative_differences(noisy, sums).values())
     loss, found = gradients(Step(pair.ours, compiled=False), packed(samples, GROUPS))
     assert abs(loss / total - 1) <= 1e-5
     ours = {path: (found[f"{path}.lora_a"], found[f"{path}.lora_b"]) for path in sums}
     worst = max(relative_differences(ours, sums).values())
-    judge("gradients of packed rows against samples alone", name, 5e-5, worst, 1e-3, least=5e-5)
+    judge("gradients of packed rows against samples alone", name, floor, worst, 1e-3, least=2e-5)
