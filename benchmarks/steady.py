@@ -15,7 +15,6 @@ import ragged
 
 import mlx.core as mx  # isort: skip
 
-from gemma_mlx.ahead import Ahead
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.order import Shuffled
 from gemma_mlx.optim import adamw_init, adamw_scalars
@@ -46,7 +45,7 @@ def main() -> None:
     with Batches(samples, BATCH, epochs=1, shuffle=False) as once:
         for batch in once:
             step.prepare(batch)
-    batches = Ahead(Batches(samples, BATCH, plan=Shuffled(len(samples), BATCH)), step.lay_out)
+    batches = Batches(samples, BATCH, plan=Shuffled(len(samples), BATCH), finish=step.lay_out)
     print(
         f"{platform.machine()}, {mx.default_device()}, MLX {mx.__version__}, {options.steps} steps, "
         f"{'compiled' if options.compiled else 'uncompiled'}\n\n"

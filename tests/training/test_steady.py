@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 
-from gemma_mlx.ahead import Ahead
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.processor import Processor
@@ -21,7 +20,7 @@ def test_memory_stays_flat(checkpoint_folder, rows):
     apply_lora(model, "decoder", 4)
     weights, step = lora_parameters(model), Step(model, clip=1.0, compiled=False)
     moments, samples = adamw_init(weights), list(Dataset(rows / "media.csv", Processor(checkpoint_folder)))
-    batches, active, peaks = Ahead(Batches(samples, 3), step.lay_out), [], []
+    batches, active, peaks = Batches(samples, 3, finish=step.lay_out), [], []
     shapes = set()
     for i in range(1000):
         batch = next(batches)
