@@ -8,19 +8,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+from bucketed import counted, model_with, relative
 from PIL import Image
 
 from gemma_mlx.data import buckets
 from gemma_mlx.data.batches import Batches, collate
-from gemma_mlx.data.buckets import LABELS, LONGEST, MEDIA, ROW_LABELS, SOFT, TOKENS, choose_buckets, of_batch, of_sample
+from gemma_mlx.data.buckets import LABELS, LONGEST, MEDIA, ROW_LABELS, SOFT, TOKENS, choose_buckets, of_batch
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.order import Grouped, Shuffled
 from gemma_mlx.data.packing import Packed, joined
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.layout import sizes
 from gemma_mlx.loop import finetune
-from gemma_mlx.lora import apply_lora, lora_parameters, set_lora_parameters
-from gemma_mlx.models.load import load_model
+from gemma_mlx.lora import lora_parameters
 from gemma_mlx.step import Step, can_compile
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason="no C++ compiler: steps run uncompiled here")
@@ -51,10 +51,7 @@ def ragged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(ragged, checkpoint_folder):
-    rows = Dataset(ragged, Processor(checkpoint_folder, image_tokens=70))
-    rows.sizes = np.stack([of_sample(rows.processor.sample(e, with_features=False)) for e in rows.examples])
-    rows.lengths = rows.sizes[:, TOKENS].tolist()
-    return rows
+    return counted(Dataset(ragged, Processor(checkpoint_folder, image_tokens=70)))
 
 
 def area(rows, line):
@@ -134,20 +131,6 @@ def test_rows_all_alike_take_one_bucket():
     found = choose_buckets(lines, Shuffled(40, 4), 4, partial(area, 4))
     assert len(found.sizes) == 1 and found.sizes[0, TOKENS] == 64
     assert not found.sizes[0, SOFT].any() and not found.sizes[0, MEDIA].any() and not found.sizes[0, LONGEST].any()
-
-
-def model_with(folder, targets):
-    model = load_model(folder)
-    apply_lora(model, targets, rank=3)
-    r = np.random.default_rng(8)
-    shapes = {k: w.shape for k, w in lora_parameters(model).items()}
-    set_lora_parameters(model, {k: mx.array(0.3 * r.standard_normal(s).astype(np.float32)) for k, s in shapes.items()})
-    return model
-
-
-def relative(a, b):
-    a, b = np.array(a, np.float64), np.array(b, np.float64)
-    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
 
 
 @pytest.fixture
