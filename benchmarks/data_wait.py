@@ -15,7 +15,6 @@ import gemma_mlx.blas  # noqa: F401  before mlx.core
 
 import mlx.core as mx  # isort: skip
 
-from gemma_mlx.ahead import Ahead
 from gemma_mlx.config import TrainConfig
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
@@ -42,8 +41,7 @@ def main() -> None:
     step = Step(model, compiled=False, lanes=lanes(config.batch_size))
     rows = Dataset(DATA / "train.csv", Processor(CHECKPOINT, model.spec))
     multiple = PAD_MULTIPLE[mx.default_device().type.name]
-    batches = Batches(rows, config.batch_size, step.model.spec.text.pad_token_id, pad_to_multiple=multiple)
-    ahead = Ahead(batches, step.lay_out)
+    batches = Batches(rows, config.batch_size, rows.processor.pad_id, pad_to_multiple=multiple, finish=step.lay_out)
     print(
         f"{platform.machine()}, {cores()} cores, {len(rows)} rows, batch {config.batch_size}; simulated step "
         f"{seconds * 1e3:.0f} ms\n\n| epoch | mean wait ms | median ms | longest ms | of step time |\n"
@@ -51,9 +49,9 @@ def main() -> None:
     )  # fmt: skip
     for epoch in range(options.epochs):
         waits = []
-        for _ in range(len(ahead)):
+        for _ in range(len(batches)):
             asked = time.perf_counter()
-            next(ahead)
+            next(batches)
             waits.append(time.perf_counter() - asked)
             time.sleep(seconds)
         mean = statistics.mean(waits)
@@ -61,7 +59,7 @@ def main() -> None:
             f"| {epoch + 1} | {mean * 1e3:.2f} | {statistics.median(waits) * 1e3:.2f} | {max(waits) * 1e3:.1f} | "
             f"{mean / (mean + seconds):.1%} |", flush=True,
         )  # fmt: skip
-    ahead.close()
+    batches.close()
 
 
 if __name__ == "__main__":

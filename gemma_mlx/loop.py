@@ -21,7 +21,6 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
-from gemma_mlx.ahead import Ahead
 from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, NO_TARGETS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.buckets import MOST_VALID, TOKENS, choose_buckets, of_sample
@@ -246,10 +245,10 @@ class Job:
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
         if self.step.compiled:
             self._choose_buckets(plan, rows)
-        batches = Batches(
-            rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan
+        self.batches = Batches(
+            rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan,
+            finish=self.step.lay_out,
         )  # fmt: skip
-        self.batches = Ahead(batches, self.step.lay_out)
         self.total = total_steps(config, plan)
         own = self.step.buckets
         self.padding = own.padding if own else padding(plan.batches(0), rows.lengths, self.multiple)

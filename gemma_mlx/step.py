@@ -99,6 +99,7 @@ def prepare(laid: Laid, frozen: dict[str, TowerCache] | None = None, table: Disk
         arrays[f"{kind}_features"] = mx.pad(made, [(0, laid.soft_tokens[kind] - len(made)), (0, 0)])
     if laid.table is not None:
         arrays["per_layer_rows"] = table.unpacked(laid.table)
+    arrays = dict(sorted(arrays.items()))  # another order of the same names would be compiled again
     return Prepared(arrays, laid.labels, laid.tokens, laid.positions)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -142,6 +142,7 @@ class Batches:
         prefetch: batches made ahead.
         plan: which samples make up the batches, made with the same batch size and seed, in place of the order of
             (seed, epoch) or of the file.
+        finish: called on each batch by the worker that made it; what it returns is handed out in the batch's place.
         state: where to go on, as `state` gave it.
 
     Raises:
@@ -161,6 +162,7 @@ class Batches:
         workers: int = 2,
         prefetch: int = 4,
         plan: Plan | None = None,
+        finish: Callable[[Batch], Any] | None = None,
         state: dict[str, int] | None = None,
     ):
         if not len(samples):
@@ -168,12 +170,12 @@ class Batches:
         if batch_size < 1 or pad_to_multiple < 1:
             raise InputError(f"batch_size {batch_size}, pad_to_multiple {pad_to_multiple}: expected at least 1")
         self.samples, self.batch_size, self.pad_id = samples, batch_size, pad_id
-        self.seed, self.epochs = seed, epochs
+        self.seed, self.epochs, self.finish = seed, epochs, finish
         self.plan = plan or Shuffled(len(samples), batch_size, seed, shuffle)
         self.pad_to_multiple, self.workers, self.prefetch = pad_to_multiple, workers, max(1, prefetch)
         self._epoch = self._position = 0
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[tuple[Rows, Future[Batch]]] = deque()
+        self._ahead: deque[tuple[Rows, Future[Any]]] = deque()
         self._planned: Iterator[Rows] | None = None
         if state is not None:
             self.seek(state)
@@ -206,7 +208,7 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._planned is None:
             self._planned = self._plan(self._epoch, self._position)
         try:
@@ -225,18 +227,19 @@ class Batches:
             yield from self.plan.batches(epoch, position)
             epoch, position = epoch + 1, 0
 
-    def _make(self, rows: Rows) -> Batch:
+    def _make(self, rows: Rows) -> Any:
         if isinstance(self.plan, Packed):
             samples = [joined([self.samples[i] for i in row]) for row in rows]
         else:
             samples = [self.samples[i] for (i,) in rows]
-        return collate(samples, self.pad_id, self.pad_to_multiple)
+        batch = collate(samples, self.pad_id, self.pad_to_multiple)
+        return batch if self.finish is None else self.finish(batch)
 
-    def _next_now(self) -> tuple[Rows, Batch]:
+    def _next_now(self) -> tuple[Rows, Any]:
         rows = next(self._planned)
         return rows, self._make(rows)
 
-    def _next_ahead(self) -> tuple[Rows, Batch]:
+    def _next_ahead(self) -> tuple[Rows, Any]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
         while len(self._ahead) <= self.prefetch and (rows := next(self._planned, None)) is not None:

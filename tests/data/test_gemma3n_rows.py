@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_gemma3n as tiny3n
+from bucketed import assert_nothing_changes
 from PIL import Image as PilImage
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -157,17 +158,29 @@ def test_ids_equal_the_processor_of_transformers(folder, parts):
         assert found is None or np.abs(found.astype("f") - np.asarray(expected[name], "f")).max() <= 1e-4
 
 
-def test_training_and_answers(folder, tmp_path, monkeypatch):
-    """A few steps over text, a clip and a picture: the loss falls; then answers from the trained model."""
-    monkeypatch.setenv("GEMMA_MLX_COMPILE", "off")
+@pytest.fixture(scope="module")
+def train_csv(folder):
+    """Text, a clip and a picture."""
     with (folder / "train.csv").open("w", newline="") as f:
         table = csv.writer(f)
         table.writerow(["audio_path", "image_path", "prompt", "text"])
         table.writerow(["a.wav", "", "say what you hear", "a small red house"])
         table.writerow(["", "b.png", "what is in this picture?", "hello house"])
         table.writerow(["", "", "hello", "say hello"])
+    return folder / "train.csv"
+
+
+@pytest.mark.parametrize("targets", ["decoder", "audio"])
+def test_padding_to_buckets_changes_nothing(folder, train_csv, monkeypatch, targets):
+    """Towers that train see as many media as there are, since each of them fills its slots whatever is in it."""
+    assert_nothing_changes(folder, train_csv, targets, monkeypatch, size=1, one_shape=targets == "decoder")
+
+
+def test_training_and_answers(folder, train_csv, tmp_path, monkeypatch):
+    """A few steps over text, a clip and a picture: the loss falls; then answers from the trained model."""
+    monkeypatch.setenv("GEMMA_MLX_COMPILE", "off")
     run = finetune(
-        str(folder), data=folder / "train.csv", out=tmp_path / "run", steps=8, lr=2e-2, rank=4, batch_size=3,
+        str(folder), data=train_csv, out=tmp_path / "run", steps=8, lr=2e-2, rank=4, batch_size=3,
         targets="decoder,embedders", quiet=True, save_every=0,
     )  # fmt: skip
     losses = [record["loss"] for record in run.history]

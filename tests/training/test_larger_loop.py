@@ -7,6 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from bucketed import assert_nothing_changes
 from mlx.utils import tree_flatten
 
 from gemma_mlx.data.processor import Processor
@@ -198,6 +199,13 @@ def test_compiled_equals_plain(checkpoints, table, kind):
     for name, plain in found[False].items():
         size = float(mx.linalg.norm(plain))
         assert float(mx.linalg.norm(found[True][name] - plain)) <= 1e-4 * size + 1e-7, name
+
+
+@pytest.mark.parametrize("kind,targets", [("31B", "decoder"), ("26B", "all"), ("12B", "all")])
+def test_padding_to_buckets_changes_nothing(checkpoints, table, monkeypatch, kind, targets):
+    """Batches without a kind of medium get some without content; types even where there is no picture."""
+    data = table / ("all.csv" if kind == "12B" else "vision.csv")
+    assert_nothing_changes(checkpoints[kind], data, targets, monkeypatch)
 
 
 def test_muted_media(checkpoints, table):
