@@ -107,17 +107,9 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
     Raises:
         InputError: other bits, or a model that holds quantized weights already.
     """
-    if bits not in BITS:
-        raise InputError(f"quantize {bits}: expected one of {', '.join(map(str, BITS))}")
-    if found := quantized_paths(model):
-        path, form = next(iter(found.items()))
-        held = f"{path}: {form.bits} bits"
-        raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
     done, parts = [], set(parts)
-    for path in [*_modules(model), *float_stacks(model)]:
-        module = _at(model, path)
-        module = Stack(module) if isinstance(module, mx.array) else module
-        if stays_float(path, module) or (parts and not parts.intersection(path.split("."))):
+    for path, module in _quantizable(model, bits).items():
+        if parts and not parts.intersection(path.split(".")):
             continue
         packed = module.to_quantized(group_size=group_of(module.weight.shape[-1]), bits=bits)
         mx.eval(packed.parameters())
@@ -125,6 +117,32 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
         done.append(path)
     model.freeze()
     return done
+
+
+def _quantizable(model: nn.Module, bits: int) -> dict[str, nn.Module]:
+    """Path -> matrix or stack that quantizing to so many bits packs. Raises InputError as ``quantize_model``."""
+    if bits not in BITS:
+        raise InputError(f"quantize {bits}: expected one of {', '.join(map(str, BITS))}")
+    if found := quantized_paths(model):
+        path, form = next(iter(found.items()))
+        held = f"{path}: {form.bits} bits"
+        raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
+    modules = {path: _at(model, path) for path in [*_modules(model), *float_stacks(model)]}
+    modules = {path: Stack(module) if isinstance(module, mx.array) else module for path, module in modules.items()}
+    return {path: module for path, module in modules.items() if not stays_float(path, module)}
+
+
+def empty_quantized(model: nn.Module, bits: int) -> None:
+    """``quantize_model`` without reading a weight: the packed matrices' values mean nothing."""
+    for path, module in _quantizable(model, bits).items():
+        put_empty(model, path, module, Packed(bits, group_of(module.weight.shape[-1])))
+
+
+def put_empty(model: nn.Module, path: str, module: nn.Module, form: Packed) -> None:
+    """Put a packed matrix of this form in the place of a float one, its values in the dtype of that one's scales."""
+    packed = _empty(module, form)
+    packed.set_dtype(module.weight.dtype)
+    put_module(model, path, packed)
 
 
 def expect_packed(

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.layers import ClippedLinear, RMSNorm
+from gemma_mlx.ops.custom import contiguous
 
 BLOCK = 12
 """Queries that are attended together. See `banded_attention`."""
@@ -49,7 +50,7 @@ def _strided_conv(x: mx.array, weight: mx.array) -> mx.array:
 def _strided_conv_by_windows(x: mx.array, weight: mx.array) -> mx.array:
     m, t, f, _ = x.shape
     out_t, out_f = (t + 1) // 2, (f + 1) // 2
-    x = mx.contiguous(mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)]))
+    x = contiguous(mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)]))
     row = x.shape[2]
     windows = mx.as_strided(x, (m, out_t, out_f, 3, 3), (x.shape[1] * row, 2 * row, 2, row, 1))
     return windows.reshape(m, out_t, out_f, 9) @ weight.reshape(-1, 9).T
