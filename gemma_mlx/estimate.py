@@ -108,12 +108,10 @@ def estimate(
 
 
 def _inputs(step: Step, weights: Weights, arrays: Arrays, gradients: bool) -> Arrays:
-    """Everything that the step reads. Trained weights in the model's own dtype are the model's own arrays."""
-    given = {f"p{name}": array for name, array in tree_flatten(step.model.parameters())}
-    for name, array in weights.items():
-        if name in _own(step, weights):
-            del given[f"p{name}"]
-        given[f"w{name}"] = array
+    """Everything that the step reads. What trains is held once: rounded copies for the model belong to the step."""
+    parameters = tree_flatten(step.model.parameters())
+    given = {f"p{name}": array for name, array in parameters if name not in weights}
+    given |= {f"w{name}": array for name, array in weights.items()}
     moments = adamw_init(weights)
     given |= {f"m{kind}.{name}": array for kind, group in moments.items() for name, array in group.items()}
     if gradients:
@@ -121,16 +119,10 @@ def _inputs(step: Step, weights: Weights, arrays: Arrays, gradients: bool) -> Ar
     return given | {f"a{name}": array for name, array in arrays.items()} | {"akey": mx.random.key(0)}
 
 
-def _own(step: Step, weights: Weights) -> set[str]:
-    """Trained weights that the model holds as they are, not rounded."""
-    return {name for name, place in step.places.items() if place.dtype == weights[name].dtype}
-
-
 def _traced_gradients(step: Step, weights: Weights, given: Arrays) -> tuple[Weights, list[mx.array]]:
     """(gradients, [loss, correct]) of the step over traced arrays."""
-    own, names, found = _own(step, weights), list(weights), []
-    values = {k[1:]: v for k, v in given.items() if k[0] == "p"} | {n: given[f"w{n}"] for n in own}
-    step.model.update(tree_unflatten(list(values.items())))
+    names, found = list(weights), []
+    step.model.update(tree_unflatten([(k[1:], v) for k, v in given.items() if k[0] == "p"]))
     arrays = {k[1:]: v for k, v in given.items() if k[0] == "a" and k != "akey"}
 
     def loss(*trained: mx.array) -> list[mx.array]:
