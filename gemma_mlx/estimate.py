@@ -7,7 +7,7 @@ weight is read and nothing of the model is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ from gemma_mlx.batch import Batch
 from gemma_mlx.full import trained_parameters
 from gemma_mlx.graph import Memory, trace
 from gemma_mlx.liveness import peak
+from gemma_mlx.models.media import MEDIA, module_names
 from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.ops.custom import vjp
 from gemma_mlx.optim import Weights, adamw_init, adamw_scalars
 from gemma_mlx.step import Step, split
+from gemma_mlx.tower_cache import CACHE_BYTES
 
 Arrays = dict[str, mx.array]
+AUDIO_CONVOLUTIONS = 40_000
+"""Numbers that the convolutions before an audio tower keep for a soft token."""
 _PREFIXES = {"p": "weights", "w": "adapters", "m": "optimizer", "g": "gradients", "a": "batch"}
 """First letter of a traced input's name -> part of the memory."""
 
@@ -37,6 +41,7 @@ class Estimate:
         parts: weights (of the base), adapters (all that trains, in float32), optimizer, gradients (kept from earlier
             batches of an accumulated step), batch, activations (with gradients), loss.
         encoding: at most held while a frozen tower encodes a medium, before the step.
+        validation: at most held in a batch of validation.
         kept: outputs of frozen towers that stay in memory across epochs.
         disk: tables that stay on disk, which take no memory.
         largest: the largest single buffer.
@@ -44,6 +49,7 @@ class Estimate:
 
     parts: dict[str, int]
     encoding: int = 0
+    validation: int = 0
     kept: int = 0
     disk: int = 0
     largest: int = 0
@@ -56,21 +62,23 @@ class Estimate:
     @property
     def peak(self) -> int:
         """What ``mx.get_peak_memory`` is to show."""
-        return max(self.step, self.encoding) + self.kept
+        return max(self.step, self.encoding, self.validation) + self.kept
 
     def describe(self) -> str:
         """The parts of the peak in words, largest first."""
-        parts = {**self.parts, "tower cache": self.kept}
-        if self.encoding > self.step:
-            held = {k: v for k, v in parts.items() if k in ("weights", "adapters", "optimizer", "tower cache")}
-            parts = {**held, "tower": self.peak - sum(held.values())}
+        parts, most = {**self.parts, "tower cache": self.kept}, self.peak - self.kept
+        for name, size in (("validation", self.validation), ("towers", self.encoding)):
+            if self.step < size == most:
+                parts = {k: v for k, v in parts.items() if k in ("weights", "adapters", "optimizer", "tower cache")}
+                parts[name] = self.peak - sum(parts.values())
         shown = sorted((item for item in parts.items() if item[1] >= 5e6), key=lambda item: -item[1])
         return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in shown)
 
 
 def estimate(
     model: Any, batch: Batch, *, recompute: int = 0, pick_labels: bool = True, chunked_loss: bool | None = None,
-    clip: float = 1.0, accumulate: int = 1, lanes: int = 1, kept: int = 0,
+    clip: float = 1.0, accumulate: int = 1, lanes: int = 1, slots: Mapping[str, int] | None = None,
+    valid: Batch | None = None,
 ) -> Estimate:  # fmt: skip
     """The peak of a training step over a batch.
 
@@ -79,11 +87,13 @@ def estimate(
         batch: shapes, labels and places of media count; pixels and sounds do not.
         recompute, pick_labels, chunked_loss, clip, lanes: as for ``Step``.
         accumulate: batches of an optimizer step.
-        kept: bytes of frozen towers' outputs to keep for other batches.
+        slots: kind of medium -> soft tokens of all rows, whose frozen towers' outputs are kept.
+        valid: a batch of validation, which is not shared out to lanes.
     """
     step = Step(model, clip, False, pick_labels=pick_labels, recompute=recompute, chunked_loss=chunked_loss)
-    encoded = _without_towers(step)
+    encoded, each = _without_towers(step)
     ready = [step.prepare(part).arrays for part in split(batch, lanes, model.spec)]
+    checked = None if valid is None else step.prepare(valid).arrays
     arrays = max(ready, key=lambda a: sum(v.size for v in a.values()))
     weights = trained_parameters(model)
     if lanes > 1 or accumulate > 1:
@@ -98,10 +108,28 @@ def estimate(
     return Estimate(
         {name: size for name, size in parts.items() if size},
         encoding=max((held + len(ready) * size for size in encoded()), default=0),
-        kept=kept,
+        validation=0 if checked is None else _loss_memory(step, weights, checked).peak,
+        kept=min(CACHE_BYTES, sum(size * (slots or {}).get(kind, 0) for kind, size in each.items())),
         disk=sum(table.nbytes for table in tables_on_disk(model).values()),
         largest=memory.largest,
     )
+
+
+def media_weights(model: Any) -> dict[str, float]:
+    """Kind of medium -> what a soft token takes in its tower, if that trains, in tokens of the decoder.
+
+    Rough, to choose a batch by: some 30 numbers are kept for each of the stream's, in every layer.
+    """
+    spec, weights = model.spec, {}
+    for kind in MEDIA:
+        tower = model.model.get(module_names(kind)[0]) if "model" in model else None
+        if tower is None or not tree_flatten(tower.trainable_parameters()):
+            continue
+        part = spec.audio if kind == "audio" else spec.vision
+        each = 30 * getattr(part, "num_hidden_layers", 0) * getattr(part, "hidden_size", 0)
+        each = each + AUDIO_CONVOLUTIONS if kind == "audio" else each * getattr(part, "input_pooling", 1) ** 2
+        weights[kind] = each / (30 * len(spec.text.layer_types) * spec.text.hidden_size)
+    return weights
 
 
 # --- the step
@@ -171,11 +199,28 @@ def _gradients_memory(step: Step, weights: Weights, arrays: Arrays, added: bool)
     return _memory(step, run, _inputs(step, weights, arrays, added), "pwm")
 
 
+def _loss_memory(step: Step, weights: Weights, arrays: Arrays) -> Memory:
+    """The loss alone, as in validation."""
+
+    def run(given: Arrays) -> Arrays:
+        step.model.update(tree_unflatten([(k[1:], v) for k, v in given.items() if k[0] == "p"]))
+        trained = {name: given[f"w{name}"] for name in weights}
+        found = step._loss(trained, {k[1:]: v for k, v in given.items() if k[0] == "a" and k != "akey"}, None)
+        return dict(zip(("loss", "correct"), found, strict=True))
+
+    return _memory(step, run, _inputs(step, weights, arrays, False), "pwm")
+
+
 # --- frozen towers
 
 
-def _without_towers(step: Step) -> Callable[[], list[int]]:
-    """Let frozen towers give zeros; the result tells what the largest medium of each takes to encode."""
+def _without_towers(step: Step) -> tuple[Callable[[], list[int]], dict[str, int]]:
+    """Let frozen towers give zeros.
+
+    Returns:
+        What tells how many bytes the largest medium of each takes to encode; kind -> bytes of a soft token, once seen.
+    """
+    each: dict[str, int] = {}
     largest: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     real = {kind: cache.tower for kind, cache in step.frozen.items()}
 
@@ -184,6 +229,7 @@ def _without_towers(step: Step) -> Callable[[], list[int]]:
             if kind not in largest or values.size > largest[kind][0].size:
                 largest[kind] = values, where
             made = real[kind](values, where)  # lazy: for its shape
+            each[kind] = made.nbytes // max(1, len(made))
             return mx.zeros(made.shape, made.dtype)
 
         return zeros
@@ -194,7 +240,7 @@ def _without_towers(step: Step) -> Callable[[], list[int]]:
     def encoded() -> list[int]:
         return [_tower_memory(step, real[kind], *medium) for kind, medium in largest.items()]
 
-    return encoded
+    return encoded, each
 
 
 def _tower_memory(step: Step, tower: Callable[..., mx.array], values: np.ndarray, where: np.ndarray | None) -> int:

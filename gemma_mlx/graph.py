@@ -142,9 +142,7 @@ def _graph(
 
     for operation in operations:
         operation.inputs = [real(v) for v in operation.inputs]
-    return Graph(
-        dict(zip(inputs, given, strict=True)), dict(zip(outputs, map(real, wanted), strict=False)), constants
-    )
+    return Graph(dict(zip(inputs, given, strict=True)), dict(zip(outputs, map(real, wanted), strict=False)), constants)
 
 
 def _mark(values: list[Value], until: set[Value], kind: str) -> None:

@@ -9,14 +9,12 @@ from gemma_mlx.graph import Buffer, Graph, Memory, Operation, Shape, Value, orde
 
 DONATION_EXTRA = 16_384
 """An input's buffer may be so many bytes larger than what is written into it."""
-UNARY = set(
-    "Abs ArcCos ArcSin ArcTan Ceil Cos Cosh Erf ErfInv Exp Expm1 Floor Log Log1p LogicalNot Negative Round Rsqrt "
-    "Sigmoid Sign Sin Sinh Sqrt Square Tan Tanh BitwiseInvert Real".split()
-)
-BINARY = set(
-    "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr Maximum "
-    "Minimum Multiply NotEqual Power Remainder Subtract".split()
-)
+_UNARY = """Abs ArcCos ArcSin ArcTan Ceil Cos Cosh Erf ErfInv Exp Expm1 Floor Log Log1p LogicalNot Negative Round
+Rsqrt Sigmoid Sign Sin Sinh Sqrt Square Tan Tanh BitwiseInvert Real"""
+_BINARY = """Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr
+Maximum Minimum Multiply NotEqual Power Remainder Subtract"""
+UNARY, BINARY = frozenset(_UNARY.split()), frozenset(_BINARY.split())
+"""Names of elementwise operations of one and two inputs."""
 MATMUL = {"Matmul": 2, "AddMM": 2, "GatherMM": 2, "QuantizedMatmul": 4, "GatherQMM": 4}
 """Name -> inputs that are copied where they lie in no order that the product takes."""
 INTO_FIRST = {"Scatter", "ScatterAxis", "SliceUpdate", "MaskedScatter", "Partition", "ArgPartition", "Sort"}

@@ -13,6 +13,8 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +22,33 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
+from gemma_mlx.batch import Batch
 from gemma_mlx.config import CONFIG_FILE, NO_TARGETS, REMEMBERED, TrainConfig, configure
-from gemma_mlx.data.batches import Batches
+from gemma_mlx.data.batches import Batches, collate
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.estimate import Estimate, estimate, media_weights
 from gemma_mlx.files import flush, write_whole
+from gemma_mlx.fit import fit, flags
 from gemma_mlx.full import refuse_trained, train_fully, trained_parameters
 from gemma_mlx.lora import apply_lora, freeze_base, save_adapter
 from gemma_mlx.models.load import check_finite, load_model, resolve
+from gemma_mlx.models.quantize import quantize_model
 from gemma_mlx.optim import Weights, adamw_init, adamw_scalars, learning_rate
 from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
+from gemma_mlx.skeleton import skeleton_of
 from gemma_mlx.step import Step, Sums, add
 
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 REPORT = "report.json"
 PLOT = "loss.png"
+MOST_LOOKED_AT = 20_000
+"""Batches among which the largest is looked for."""
 PAD_MULTIPLE = {"gpu": 32, "cpu": 8}
 """Rows are padded to a multiple of so many tokens: few shapes to compile, against wasted work (dear on a CPU)."""
 
@@ -119,15 +128,19 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     say = Reporter(quiet)
     folder = checked_folder(config)
     machine.set_limits()
-    if model is None:
+    given = model is not None
+    if not given:
         source = resolve(config.model)
-        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window, quantize=config.quantize)
+        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
+    config, needed = fitted(config, model, given, rows, valid, say)
+    if config.quantize and not given:
+        quantize_model(model, config.quantize)
     check_finite(model, config.model)
     trained = make_trainable(model, config)
-    job = Job(config, folder, model, processor, rows, valid, say)
+    job = Job(config, folder, model, processor, rows, valid, say, needed)
     say.say(
         f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
         f"{sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
@@ -188,10 +201,75 @@ def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: 
     prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
     rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
     with ThreadPoolExecutor(4) as pool:
-        check = pool.map(lambda e: processor.sample(e, with_features=False).label_count, rows.examples)
-        for _ in say.each(check, len(rows), f"checking {path}"):
-            pass
+        check = pool.map(lambda e: processor.sample(e, with_features=False), rows.examples)
+        rows.measure(say.each(check, len(rows), f"checking {path}"))
     return rows
+
+
+def fitted(
+    config: TrainConfig, model: Any, given: bool, rows: Dataset, valid: Dataset | None, say: Reporter
+) -> tuple[TrainConfig, Estimate | None]:
+    """(config, its estimate): as ``fit``, and said to the user. A resumed run is told, and neither refused nor changed.
+
+    ``given``: the model was loaded by the caller, so that quantizing is not ours.
+    """
+    room = machine.room(config.memory_gb)
+    needs = partial(estimate_run, model, given, rows, valid)
+    try:
+        if config.resume:
+            needed, changed = needs(config), {}
+        else:
+            config, needed, changed = fit(config, needs, room, any(rows.slots["image"]))
+    except InputError:
+        raise
+    except ValueError as error:  # an operation that MLX cannot show
+        say.warn(f"memory: not estimated ({error})")
+        return config, None
+    if changed:
+        say.say(f"--auto: to fit {room.describe()} the run goes on with {flags(changed)}")
+    say.say(f"memory: {needed.peak / 1e9:.2f} GB estimated at the peak, of {room.describe()} ({needed.describe()})")
+    return config, needed
+
+
+def estimate_run(
+    model: Any, given: bool, rows: Dataset, valid: Dataset | None, config: TrainConfig
+) -> Estimate:  # fmt: skip
+    """The estimate of a run's largest batch, for a lazy model whose weights stay unread."""
+    bare = skeleton_of(model, None if given else config.quantize)
+    make_trainable(bare, config)
+    weight = media_weights(bare)
+    return estimate(
+        bare,
+        heaviest_batch(rows, config, weight),
+        recompute=config.checkpoint_layers,
+        pick_labels=config.label_positions == "auto",
+        clip=config.clip,
+        accumulate=config.accumulate,
+        lanes=machine.lanes(config.batch_size),
+        slots={kind: sum(each) for kind, each in rows.slots.items()},
+        valid=valid and heaviest_batch(valid, config, weight, shuffle=False),
+    )
+
+
+def heaviest_batch(rows: Dataset, config: TrainConfig, weight: dict[str, float], shuffle: bool = True) -> Batch:
+    """Of the run's first batches the one that takes most: positions, padding included, and media that are encoded.
+
+    ``weight``: as from ``media_weights``.
+    """
+
+    def area(chosen: list[int], counts: list[int]) -> int:
+        found = [counts[i] for i in chosen if counts[i]]
+        return len(found) * max(found, default=0)
+
+    def size(chosen: list[int]) -> float:
+        return area(chosen, rows.lengths) + sum(w * area(chosen, rows.slots[kind]) for kind, w in weight.items())
+
+    processor = with_options(rows.processor, config)
+    with Batches(rows, config.batch_size, seed=config.seed, shuffle=shuffle) as batches:
+        run = total_steps(config, len(batches)) * config.accumulate if shuffle else len(batches)
+        chosen = max(islice(batches.plan(), min(run, MOST_LOOKED_AT)), key=size)
+    samples = [processor.sample(rows.examples[i]) for i in chosen]
+    return collate(samples, processor.pad_id, PAD_MULTIPLE[mx.default_device().type.name])
 
 
 def total_steps(config: TrainConfig, batches: int) -> int:
@@ -204,8 +282,9 @@ class Job:
 
     def __init__(
         self, config: TrainConfig, folder: Path, model: Any, processor: Processor, rows: Dataset,
-        valid: Dataset | None, say: Reporter,
+        valid: Dataset | None, say: Reporter, estimate: Estimate | None = None,
     ):  # fmt: skip
+        self.estimate = estimate
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
         self.step = Step(
             model, config.clip, lanes=machine.lanes(config.batch_size),
@@ -402,6 +481,7 @@ class Job:
             "label_tokens": p.label_tokens,
             "train_seconds": p.seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "estimated_peak_gb": self.estimate and self.estimate.peak / 1e9,
             "adapter_weights": sum(w.size for w in self.weights.values()),
             "compiled": self.step.compiled,
             "device": machine.describe(),

@@ -238,6 +238,10 @@ class Batches:
             self._epoch, self._position = self._epoch + 1, 0
         return batch
 
+    def plan(self) -> Iterator[list[int]]:
+        """Rows of each batch from the first on."""
+        return self._plan(0, 0)
+
     def _plan(self, epoch: int, position: int) -> Iterator[list[int]]:
         """Rows of each batch from there on."""
         n = len(self.samples)

@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from gemma_mlx.data.examples import Example, Folders, Prompts, RowReader
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.local import CsvRows
-from gemma_mlx.data.template import Sample
+from gemma_mlx.data.template import AUDIO, IMAGE, VIDEO, Sample
 from gemma_mlx.errors import InputError
 
 CACHE_BYTES = 1 << 30
@@ -23,6 +25,10 @@ class Dataset:
     roots), for towers that read them and for control tokens in the text; no medium is decoded.
     Samples are kept in memory up to a limit, since small data are read again every epoch. Safe to read from several
     threads.
+
+    Attributes:
+        lengths: tokens of each row, once somebody has counted them; else None.
+        slots: soft tokens of each row by kind of medium, likewise.
 
     Args:
         path: the CSV; relative media paths start from its folder. See `gemma_mlx.data.examples` for the columns.
@@ -53,6 +59,8 @@ class Dataset:
         self.examples = read_examples(
             path, media_roots, columns, prompts=prompts, need_answer=need_answer, check=processor.check
         )
+        self.lengths: list[int] | None = None
+        self.slots: dict[str, list[int]] = {}
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cached, self._lock = cache_bytes, 0, threading.Lock()
 
@@ -70,6 +78,15 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+    def measure(self, samples: Iterable[Sample]) -> None:
+        """Note ``lengths`` and ``slots`` of all samples, which come in order."""
+        self.lengths, self.slots = [], {"image": [], "video": [], "audio": []}
+        for sample in samples:
+            self.lengths.append(len(sample))
+            counts = np.bincount(sample.token_types, minlength=4)
+            for kind, i in (("image", IMAGE), ("video", VIDEO), ("audio", AUDIO)):
+                self.slots[kind].append(int(counts[i]))
 
     def _keep(self, index: int, sample: Sample) -> None:
         """Keeps a sample, and lets the longest unused ones go to make room."""

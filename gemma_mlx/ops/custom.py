@@ -48,7 +48,9 @@ class Cuts:
         calls.append((gradient, inputs, outputs, kind))
         return outputs if self.given is None else next(self.given)
 
-    def run(self, function: Function, inputs: Sequence[mx.array], given: Iterator[Arrays] | None) -> tuple[Arrays, list]:
+    def run(
+        self, function: Function, inputs: Sequence[mx.array], given: Iterator[Arrays] | None
+    ) -> tuple[Arrays, list]:
         """(outputs of a function that is differentiated, its calls)."""
         held = self.calls, self.given
         self.calls, self.given = [], given
@@ -72,9 +74,7 @@ class Cuts:
             return [*outputs, *(a for _, inputs, *_ in seen for a in _floats(inputs))]
 
         gradients_of = [[self.stand_in(a) for a in _floats(inputs)] for _, inputs, *_ in planned]
-        outputs, gradients = mx.vjp(
-            cut, [*primals, *flat], [*cotangents, *(a for made in gradients_of for a in made)]
-        )
+        outputs, gradients = mx.vjp(cut, [*primals, *flat], [*cotangents, *(a for made in gradients_of for a in made)])
         mine, theirs = gradients[: len(primals)], iter(gradients[len(primals) :])
         self.calls = None
         for (gradient, inputs, real, kind), made, of_inputs in zip(seen, outputs_of, gradients_of, strict=True):
