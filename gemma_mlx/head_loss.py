@@ -28,6 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gemma_mlx.ops.custom import custom_function
+from gemma_mlx.ops.device import on_gpu
 
 CHUNK = {"cpu": (512, 1 << 20), "gpu": (1024, 1 << 23)}
 """Device -> most positions, and most logits, of a chunk; some five float32 arrays of that many logits live at once."""
@@ -76,11 +77,6 @@ def pays(head: Head, positions: int) -> bool:
     product and one more copy of its gradient, so there only where the logits take half of the weight's bytes.
     """
     return not head.trains or 4 * positions * head.vocabulary >= head.arrays[0].nbytes // 2
-
-
-def on_gpu() -> bool:
-    """Whether the default device is a GPU."""
-    return mx.default_device().type == mx.gpu
 
 
 def target_scores(

@@ -135,12 +135,14 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
-    config, needed = fitted(config, model, given, rows, valid, say)
+    config, needed, told = fitted(config, model, given, rows, valid)
     if config.quantize and not given:
         quantize_model(model, config.quantize)
     check_finite(model, config.model)
     trained = make_trainable(model, config)
     job = Job(config, folder, model, processor, rows, valid, say, needed)
+    for line in told:
+        say.say(line)
     say.say(
         f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
         f"{sum(w.size for w in job.weights.values()):,} weights; {machine.describe()}"
@@ -207,13 +209,13 @@ def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: 
 
 
 def fitted(
-    config: TrainConfig, model: Any, given: bool, rows: Dataset, valid: Dataset | None, say: Reporter
-) -> tuple[TrainConfig, Estimate | None]:
-    """(config, its estimate): as ``fit``, and said to the user. A resumed run is told, and neither refused nor changed.
+    config: TrainConfig, model: Any, given: bool, rows: Dataset, valid: Dataset | None
+) -> tuple[TrainConfig, Estimate | None, list[str]]:
+    """(config, its estimate, lines for the user), as ``fit``. A resumed run is neither refused nor changed.
 
     ``given``: the model was loaded by the caller, so that quantizing is not ours.
     """
-    room = machine.room(config.memory_gb)
+    room, lines = machine.room(config.memory_gb), []
     needs = partial(estimate_run, model, given, rows, valid)
     try:
         if config.resume:
@@ -223,12 +225,12 @@ def fitted(
     except InputError:
         raise
     except ValueError as error:  # an operation that MLX cannot show
-        say.warn(f"memory: not estimated ({error})")
-        return config, None
+        return config, None, [f"memory: not estimated ({error})"]
     if changed:
-        say.say(f"--auto: to fit {room.describe()} the run goes on with {flags(changed)}")
-    say.say(f"memory: {needed.peak / 1e9:.2f} GB estimated at the peak, of {room.describe()} ({needed.describe()})")
-    return config, needed
+        lines.append(f"--auto: to fit {room.describe()} the run goes on with {flags(changed)}")
+    size = f"{needed.peak / 1e9:.2f} GB estimated at the peak"
+    lines.append(f"memory: {size}, of {room.describe()} ({needed.describe()})")
+    return config, needed, lines
 
 
 def estimate_run(

@@ -15,6 +15,7 @@ import numpy as np
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.layers import ClippedLinear, RMSNorm
 from gemma_mlx.ops.custom import contiguous
+from gemma_mlx.ops.device import on_gpu
 
 BLOCK = 12
 """Queries that are attended together. See `banded_attention`."""
@@ -42,7 +43,7 @@ def _strided_conv(x: mx.array, weight: mx.array) -> mx.array:
     input is data and needs no gradient, windows are cheap and one product takes half the convolution's time (16 × 150
     × 128 to 128 channels: 46 -> 24 ms). On a GPU the convolution it is.
     """
-    if mx.default_device() != mx.Device(mx.cpu):
+    if on_gpu():
         return mx.conv2d(x, weight, stride=2, padding=1)
     return _strided_conv_by_windows(x, weight) if x.shape[-1] == 1 else _strided_conv_by_taps(x, weight)
 
