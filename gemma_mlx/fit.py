@@ -62,10 +62,10 @@ def fits(found: Estimate, room: Room) -> bool:
 def what_fits(
     config: TrainConfig, estimate: Estimator, room: Room, pictures: bool
 ) -> Iterator[tuple[Changes, Estimate]]:
-    """Changes that make the run fit with their estimates, cheapest first; none that contains another."""
+    """Changes that make the run fit with their estimates, cheapest first, of each kind or mix of kinds one."""
     found: list[Changes] = []
     for change in changes(config, pictures):
-        if any(known.items() <= change.items() for known in found):
+        if any(known.keys() <= change.keys() for known in found):
             continue
         try:
             made = estimate(dataclasses.replace(config, **change))
