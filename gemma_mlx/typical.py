@@ -46,13 +46,14 @@ def _picture(processor: Processor, r: np.random.Generator, most: int) -> Any:
 
 def _sample(spec: Any, r: np.random.Generator, images: tuple, clips: tuple, text: int, labels: int) -> Sample:
     per_token = getattr(spec.audio, "frames_per_token", 4)
-    ids, types = r.integers(3, 50, text), np.zeros(text, np.int32)
+    slots = [getattr(spec, f"{kind}_token_id", -1) for kind in ("image", "audio", "video")]
+    ids, types = r.choice(np.setdiff1d(np.arange(3, 99), slots), text), np.zeros(text, np.int32)
     for kind, name, counts in (
         (IMAGE, "image", [picture.soft_tokens for picture in images]),
         (AUDIO, "audio", [clip_tokens(clip, per_token) for clip in clips]),
     ):
         if counts:
-            slots = np.full(sum(counts), getattr(spec, f"{name}_token_id"))
-            ids, types = np.concatenate([slots, ids]), np.concatenate([np.full(len(slots), kind), types])
+            own = np.full(sum(counts), getattr(spec, f"{name}_token_id"))
+            ids, types = np.concatenate([own, ids]), np.concatenate([np.full(len(own), kind), types])
     wanted = np.where(np.arange(len(ids)) < len(ids) - labels, IGNORE_INDEX, ids)
     return Sample(*(a.astype(np.int32) for a in (ids, wanted, types)), images, clips, frames_per_token=per_token)

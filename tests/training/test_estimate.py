@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from gemma_mlx.catalog import CHECKPOINTS
 from gemma_mlx.cli import door
+from gemma_mlx.cli.estimate import SETTINGS, choice, usable
 from gemma_mlx.config import TrainConfig
 from gemma_mlx.errors import InputError
 from gemma_mlx.estimate import Estimate, estimate
@@ -144,7 +145,8 @@ def test_changes_keep_the_step_and_go_from_cheap_to_dear():
 def test_a_run_that_does_not_fit_is_told_the_three_cheapest_ways_that_do():
     def needs(config):
         weights = {None: 100, 8: 55, 4: 30}[config.quantize]
-        return Estimate({"weights": 10**7 * weights, "activations": (2 if config.image_tokens is None else 1) * 10**8 * config.batch_size})
+        row = 10**8 * (2 if config.image_tokens is None else 1)
+        return Estimate({"weights": 10**7 * weights, "activations": row * config.batch_size})
 
     room = Room(15 * 10**8, None, "of --memory-gb")
     with pytest.raises(InputError) as error:
@@ -176,9 +178,29 @@ def entered(arguments, capsys):
 
 
 def test_the_door_refuses_and_writes_nothing(checkpoint_folder, rows, tmp_path, capsys):
-    code, told = entered(arguments(checkpoint_folder, rows, tmp_path / "run", "--memory-gb", "0.0001", "--batch-size", 1), capsys)
+    given = arguments(checkpoint_folder, rows, tmp_path / "run", "--memory-gb", "0.0001", "--batch-size", 1)
+    code, told = entered(given, capsys)
     assert code == 2 and told.err.startswith("error: the run needs") and told.err.count("\n") == 1
     assert "of the 0.00 GB of --memory-gb" in told.err and not (tmp_path / "run").exists()
+
+
+def test_the_doctor_says_which_mac_trains_it(checkpoint_folder, tmp_path, capsys):
+    from gemma_mlx.__main__ import verbs
+
+    capsys.readouterr()
+    given = ["doctor", "--estimate", "--model", str(checkpoint_folder), "--out", str(tmp_path / "memory.md")]
+    assert door.enter(verbs, given, "gemma-mlx") == 0
+    told = capsys.readouterr().out
+    assert (tmp_path / "memory.md").read_text() in told
+    assert "| checkpoint | 8 GB (5.7) | 16 GB (11.5)" in told and f"| {checkpoint_folder.name} | bf16 0." in told
+    assert door.enter(verbs, [*given[:-1], str(tmp_path / "no" / "memory.md")], "gemma-mlx") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_what_fits_on_a_mac():
+    made = {name: Estimate({"weights": size}) for name, size in zip(SETTINGS, (90, 70, 60, 40, 30, 20), strict=True)}
+    assert [choice(made, limit) for limit in (95, 65, 10)] == ["bf16 0.0", "8-bit 0.0", "no"]
+    assert usable(24) == 16 * 2**30 and usable(64) == 48 * 2**30
 
 
 def test_auto_makes_it_fit_and_the_run_remembers(checkpoint_folder, rows, tmp_path, capsys):
