@@ -38,8 +38,8 @@ class Estimate:
     """Bytes at the predicted peak, by part.
 
     Attributes:
-        parts: weights (of the base), adapters (all that trains, in float32), optimizer, gradients (kept from earlier
-            batches of an accumulated step), batch, activations (with gradients), loss.
+        parts: weights (of the base), adapters (all that trains, in float32), optimizer, gradients, batch, activations,
+            loss (the head's chunks).
         encoding: at most held while a frozen tower encodes a medium, before the step.
         validation: at most held in a batch of validation.
         kept: outputs of frozen towers that stay in memory across epochs.
@@ -109,7 +109,7 @@ def estimate(
         {name: size for name, size in parts.items() if size},
         encoding=max((held + len(ready) * size for size in encoded()), default=0),
         validation=0 if checked is None else _loss_memory(step, weights, checked).peak,
-        kept=min(CACHE_BYTES, sum(size * (slots or {}).get(kind, 0) for kind, size in each.items())),
+        kept=sum(min(CACHE_BYTES, size * (slots or {}).get(kind, 0)) for kind, size in each.items()),
         disk=sum(table.nbytes for table in tables_on_disk(model).values()),
         largest=memory.largest,
     )
@@ -168,6 +168,8 @@ def _memory(step: Step, function: Callable[[Arrays], Arrays], given: Arrays, hel
         graph = trace(function, given)
     finally:
         step.model.update(before)
+    for name in step.places.keys() & graph.outputs.keys():
+        graph.outputs[name].kind = "gradients"
     return peak(graph, {name: _PREFIXES[name[0]] for name in given}, [name for name in given if name[0] in held])
 
 

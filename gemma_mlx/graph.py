@@ -9,6 +9,7 @@ the operations that read them are done, which is some hundred dispatches later t
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ def trace(function: Callable[[dict[str, mx.array]], dict[str, mx.array]], inputs
     try:
         mx.export_function(log.append, flat, *inputs.values())
     finally:
-        mx.enable_compile()
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
     return _graph(log, list(inputs), names, counts)
 
 

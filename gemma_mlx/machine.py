@@ -61,7 +61,8 @@ def room(gigabytes: float | None = None) -> Room:
     if gigabytes is not None:
         return Room(int(gigabytes * 1e9), None, "of --memory-gb")
     info = mx.device_info()
-    if mx.default_device().type == mx.gpu and (size := info.get("max_recommended_working_set_size")):
+    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    if mx.default_device().type == mx.gpu and size:
         return Room(int(size), info.get("max_buffer_length"), "that the GPU may use")
     import psutil
 
