@@ -78,19 +78,19 @@ class Estimate:
 def estimate(
     model: Any, batch: Batch, *, recompute: int = 0, pick_labels: bool = True, chunked_loss: bool | None = None,
     clip: float = 1.0, accumulate: int = 1, lanes: int = 1, slots: Mapping[str, int] | None = None,
-    valid: Batch | None = None,
+    valid: Batch | None = None, compiled: bool | None = None,
 ) -> Estimate:  # fmt: skip
     """The peak of a training step over a batch.
 
     Args:
         model: with adapters or modules to train, its weights unread; it is as before afterwards.
         batch: shapes, labels and places of media count; pixels and sounds do not.
-        recompute, pick_labels, chunked_loss, clip, lanes: as for ``Step``.
+        recompute, pick_labels, chunked_loss, clip, lanes, compiled: as for ``Step``.
         accumulate: batches of an optimizer step.
         slots: kind of medium -> soft tokens of all rows, whose frozen towers' outputs are kept.
         valid: a batch of validation, which is not shared out to lanes.
     """
-    step = Step(model, clip, False, pick_labels=pick_labels, recompute=recompute, chunked_loss=chunked_loss)
+    step = Step(model, clip, compiled, pick_labels=pick_labels, recompute=recompute, chunked_loss=chunked_loss)
     encoded, each = _without_towers(step)
     ready = [step.prepare(part).arrays for part in split(batch, lanes, model.spec)]
     checked = None if valid is None else step.prepare(valid).arrays
@@ -181,7 +181,7 @@ def _step_memory(step: Step, weights: Weights, arrays: Arrays) -> Memory:
         gradients, sums = _traced_gradients(step, weights, given)
         trained = {name: given[f"w{name}"] for name in weights}
         moments = {kind: {name: given[f"m{kind}.{name}"] for name in weights} for kind in ("m", "v")}
-        new, state, norm = step.apply(trained, moments, gradients, 1, scalars)
+        new, state, norm = step._updated(trained, moments, gradients, mx.array(1.0), scalars)
         made = {f"new {name}": array for name, array in new.items()}
         made |= {f"{kind} {name}": array for kind, group in state.items() for name, array in group.items()}
         return made | {"norm": norm} | dict(zip(("loss", "correct"), sums, strict=True)) | gradients

@@ -26,7 +26,9 @@ def _backward(gate: mx.array, x: mx.array, tanh: mx.array, cotangent: mx.array) 
 
 
 def _gated_vjp(inputs: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-    return _backward(*inputs, outputs[1], cotangents[0])
+    # A compiled step would otherwise keep 0.5 · gate and 1 + tanh, which both passes compute, for the second one.
+    gate, x, tanh = mx.depends([*inputs, outputs[1]], [cotangents[0]])
+    return _backward(gate, x, tanh, cotangents[0])
 
 
 _gated = custom_function(lambda gate, x: _forward(gate, x), _gated_vjp)

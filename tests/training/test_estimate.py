@@ -25,7 +25,7 @@ from gemma_mlx.models.quantize import quantized_paths
 from gemma_mlx.optim import adamw_init, adamw_scalars
 from gemma_mlx.skeleton import skeleton, skeleton_of
 from gemma_mlx.spec import read_spec
-from gemma_mlx.step import Step, add
+from gemma_mlx.step import Step, add, can_compile
 from gemma_mlx.typical import typical_batch
 
 ROWS = dict(rows=2, seconds=4, image_tokens=64, text=96, labels=32)
@@ -52,14 +52,15 @@ CASES = {
     "3n computed again": (shapes.nano(), {}, TEXT, {"recompute": 1}),
     "Gemma 3, logits": (shapes.small(), {}, TEXT, {"chunked_loss": False}),
     "rank 64, three batches a step": (shapes.edge(), {"rank": 64}, ROWS, {"accumulate": 3}),
+    "edge, compiled": (shapes.edge(), {}, ROWS, {"compiled": True}),
     "two lanes": (shapes.edge(), {}, {**ROWS, "rows": 8}, {"lanes": 2}),
 }  # fmt: skip
 QUICK = ("edge", "Gemma 3, logits", "3n")
 
 
-def measured(model, batch, accumulate=1, **options):
+def measured(model, batch, accumulate=1, compiled=False, **options):
     """`mx.get_peak_memory` over two steps, as the loop takes them."""
-    step = Step(model, 1.0, False, **options)
+    step = Step(model, 1.0, compiled, **options)
     weights = trained_parameters(model)
     moments = adamw_init(weights)
     mx.eval(model.parameters(), weights)
@@ -81,6 +82,8 @@ def measured(model, batch, accumulate=1, **options):
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=slow) for n in CASES])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(name):
     config, trained, rows, options = CASES[name]
+    if options.get("compiled") and not can_compile():
+        pytest.skip("no compiler")
     model = shapes.model(config, **trained)
     batch = typical_batch(model.spec, **rows)
     gc.collect()
