@@ -20,9 +20,9 @@ from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.demo.run import CHECKPOINT, DATA, RECIPE
-from gemma_mlx.loop import PAD_MULTIPLE, make_trainable
 from gemma_mlx.machine import cores, lanes
 from gemma_mlx.models.load import load_model
+from gemma_mlx.preparation import PAD_MULTIPLE, make_trainable
 from gemma_mlx.step import Step
 
 DEMO_SECONDS = 0.3

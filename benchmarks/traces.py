@@ -23,9 +23,10 @@ import mlx.core as mx  # isort: skip
 from gemma_mlx.config import configure
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.demo.run import CHECKPOINT, DATA, RECIPE
-from gemma_mlx.loop import METRICS, Job, make_trainable, open_rows
+from gemma_mlx.loop import METRICS, Job
 from gemma_mlx.models.load import load_model
 from gemma_mlx.plots import read_metrics
+from gemma_mlx.preparation import make_trainable, open_rows
 from gemma_mlx.progress import Reporter
 from gemma_mlx.signals import stop_request
 

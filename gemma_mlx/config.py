@@ -188,6 +188,14 @@ class TrainConfig:
         "macOS, else $XDG_CACHE_HOME or ~/.cache).",
         resumable=True,
     )  # fmt: skip
+    auto: bool = option(
+        False, "flag", "memory",
+        "Where the run does not fit the memory: apply what makes it fit (checkpointing, smaller batches accumulated to "
+        "the same step, then 8 or 4 bits) instead of refusing.", resumable=True,
+    )  # fmt: skip
+    memory_gb: float | None = option(
+        None, "float", "memory", "Memory that the run may take, in GB; default: the machine's.", low=0.0, resumable=True
+    )
 
     eval_every: int = option(
         100, "int", "watching", "Steps between validations (0: at the end only).", low=0, resumable=True

@@ -27,6 +27,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mlx.ops.custom import custom_function
+from gemma_mlx.ops.device import on_gpu
+
 CHUNK = {"cpu": (512, 1 << 20), "gpu": (1024, 1 << 23)}
 """Device -> most positions, and most logits, of a chunk; some five float32 arrays of that many logits live at once."""
 
@@ -76,11 +79,6 @@ def pays(head: Head, positions: int) -> bool:
     return not head.trains or 4 * positions * head.vocabulary >= head.arrays[0].nbytes // 2
 
 
-def on_gpu() -> bool:
-    """Whether the default device is a GPU."""
-    return mx.default_device().type == mx.gpu
-
-
 def target_scores(
     hidden: mx.array, targets: mx.array, head: Head, gradient: bool = True, chunk: tuple[int, int] | None = None
 ) -> tuple[mx.array, mx.array]:
@@ -103,34 +101,30 @@ def target_scores(
 def _frozen(scan: _Scan) -> Callable[..., Any]:
     """The third output is d log-probability / d hidden."""
 
-    @mx.custom_function
     def scores(hidden: mx.array, targets: mx.array, *arrays: mx.array) -> Arrays:
         log_probs, correct, sums = scan.forward(hidden, targets, arrays, gradient=True)
         return log_probs, correct, scan.hidden_gradient(log_probs, targets, sums, arrays)
 
-    @scores.vjp
     def scores_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         hidden, *rest = primals
         return (cotangents[0][:, None] * outputs[2]).astype(hidden.dtype), *map(mx.zeros_like, rest)
 
-    return scores
+    return custom_function(scores, scores_vjp, "loss")
 
 
 def _training(scan: _Scan) -> Callable[..., Any]:
     """The backward goes over the chunks again."""
 
-    @mx.custom_function
     def scores(hidden: mx.array, targets: mx.array, *arrays: mx.array) -> Arrays:
         log_probs, correct, sums = scan.forward(hidden, targets, arrays)
         return log_probs, correct, scan.reference(sums["top"])[:, 0], scan.mass(sums)[:, 0]
 
-    @scores.vjp
     def scores_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         hidden, targets, weight = primals
         d_hidden, d_weight = scan.backward(hidden, targets, weight, (outputs[0], *outputs[2:]), cotangents[0])
         return d_hidden, mx.zeros_like(targets), d_weight
 
-    return scores
+    return custom_function(scores, scores_vjp, "loss")
 
 
 class _Rows:

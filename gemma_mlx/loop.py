@@ -11,9 +11,7 @@ import hashlib
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +19,43 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
-from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, NO_TARGETS, REMEMBERED, TrainConfig, configure
+from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
-from gemma_mlx.data.buckets import MOST_VALID, TOKENS, choose_buckets, of_sample
+from gemma_mlx.data.buckets import MOST_VALID
 from gemma_mlx.data.dataset import Dataset
-from gemma_mlx.data.examples import Prompts
-from gemma_mlx.data.order import Grouped, Plan, Shuffled, padding
-from gemma_mlx.data.packing import Packed
+from gemma_mlx.data.order import padding
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.estimate import Estimate
 from gemma_mlx.files import flush, write_whole
-from gemma_mlx.full import refuse_trained, refuse_without_masters, train_fully, trained_parameters
-from gemma_mlx.lora import apply_lora, freeze_base, save_adapter
+from gemma_mlx.fit import fitted
+from gemma_mlx.full import trained_parameters
+from gemma_mlx.lora import save_adapter
 from gemma_mlx.models.load import check_finite, load_model, resolve
+from gemma_mlx.models.quantize import quantize_model
 from gemma_mlx.optim import Weights, learning_rate
 from gemma_mlx.optimizers import OPTIMIZERS, rounding_key
 from gemma_mlx.plots import plot_loss, read_metrics
+from gemma_mlx.preparation import (
+    PAD_MULTIPLE,
+    buckets_of,
+    in_order,
+    lanes_of,
+    make_trainable,
+    open_rows,
+    plan_of,
+    total_steps,
+    with_options,
+)
 from gemma_mlx.progress import Reporter, duration
 from gemma_mlx.signals import Interrupted, StopRequest, stop_request
-from gemma_mlx.step import Step, Sums, add, should_compile
+from gemma_mlx.step import Step, Sums, add
 from gemma_mlx.tower_store import open_store
 
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 REPORT = "report.json"
 PLOT = "loss.png"
-PAD_MULTIPLE = {"gpu": 32, "cpu": 8}
-"""Rows are padded to a multiple of so many tokens: few shapes to compile, against wasted work (dear on a CPU)."""
 
 
 @dataclass
@@ -126,15 +134,21 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     say = Reporter(quiet)
     folder = checked_folder(config)
     machine.set_limits()
-    if model is None:
+    given = model is not None
+    if not given:
         source = resolve(config.model)
-        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window, quantize=config.quantize)
+        model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
     rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
+    config, needed, told = fitted(config, model, given, rows, valid)
+    if config.quantize and not given:
+        quantize_model(model, config.quantize)
     check_finite(model, config.model)
     trained = make_trainable(model, config)
-    job = Job(config, folder, model, processor, rows, valid, say)
+    job = Job(config, folder, model, processor, rows, valid, say, needed)
+    for line in told:
+        say.say(line)
     say.say(
         f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
         f"{sum(w.size for w in job.weights.values()):,} weights; padding {job.padding:.0%}; {machine.describe()}"
@@ -148,24 +162,6 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     finally:
         job.close()
     return Run(folder, config, report, model, processor)
-
-
-def make_trainable(model: Any, config: TrainConfig) -> str:
-    """Put adapters on the targets and unfreeze the modules that train in full; what was done, in words."""
-    refuse_trained(model)
-    done = []
-    if config.targets == NO_TARGETS:
-        freeze_base(model)
-    else:
-        paths = apply_lora(
-            model, config.targets, config.rank, config.adapter_alpha, config.dropout, config.seed, config.dora
-        )
-        done.append(f"adapters on {len(paths)} layers")
-    if config.full:
-        done.append(f"{len(train_fully(model, config.full))} modules in full")
-        if config.master_weights == NO_MASTERS:
-            refuse_without_masters(model)
-    return " and ".join(done)
 
 
 def checked_folder(config: TrainConfig) -> Path:
@@ -182,59 +178,17 @@ def checked_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def with_options(processor: Processor, config: TrainConfig) -> Processor:
-    """A processor of the same checkpoint with the run's data options."""
-    return Processor(
-        processor.folder, processor.spec, image_tokens=config.image_tokens, long_audio=config.long_audio,
-        train_on=config.train_on,
-    )  # fmt: skip
-
-
-def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: Reporter) -> Dataset | None:
-    """The rows of a CSV, each checked: its texts rendered, its media's headers read. Raises InputError (file:line)."""
-    if path is None:
-        return None
-    prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
-    rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
-    with ThreadPoolExecutor(4) as pool:
-        check = pool.map(lambda e: of_sample(processor.sample(e, with_features=False)), rows.examples)
-        rows.sizes = np.stack(list(say.each(check, len(rows), f"checking {path}")))
-    rows.lengths = rows.sizes[:, TOKENS].tolist()
-    return rows
-
-
-def plan_of(config: TrainConfig, rows: Dataset) -> Plan:
-    """Which rows make up which batches, as the options say."""
-    if config.packing:
-        return Packed(rows.lengths, config.batch_size, row_tokens(config, rows), config.seed)
-    if config.group_by_length:
-        return Grouped(rows.lengths, config.batch_size, config.seed)
-    return Shuffled(len(rows), config.batch_size, config.seed)
-
-
-def row_tokens(config: TrainConfig, rows: Dataset) -> int:
-    """Tokens of a batch's row on average; of packed rows what they have room for."""
-    if config.packing:
-        return config.pack_tokens or max(rows.lengths)
-    return sum(rows.lengths) // len(rows)
-
-
-def total_steps(config: TrainConfig, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    return config.steps or max(1, math.ceil(plan.count(config.epochs) / config.accumulate))
-
-
 class Job:
     """A run under way: arrays, progress, and the files they go to."""
 
     def __init__(
         self, config: TrainConfig, folder: Path, model: Any, processor: Processor, rows: Dataset,
-        valid: Dataset | None, say: Reporter,
+        valid: Dataset | None, say: Reporter, estimate: Estimate | None = None,
     ):  # fmt: skip
+        self.estimate = estimate
         self.config, self.folder, self.model, self.valid, self.say = config, folder, model, valid, say
-        lanes = 1 if should_compile() else machine.lanes(config.batch_size, row_tokens(config, rows))
         self.step = Step(
-            model, config.clip, lanes=lanes, pick_labels=config.label_positions == "auto",
+            model, config.clip, lanes=lanes_of(config, rows), pick_labels=config.label_positions == "auto",
             recompute=config.checkpoint_layers, optimizer=OPTIMIZERS[config.optimizer],
             towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
         )  # fmt: skip
@@ -243,8 +197,10 @@ class Job:
         self.pad_id = processor.pad_id
         plan = plan_of(config, rows)
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
-        if self.step.compiled:
-            self._choose_buckets(plan, rows)
+        if self.step.compiled:  # which pads to buckets from what is not padded yet
+            self.multiple, self.step.buckets = 1, buckets_of(self.step, config, rows, plan)
+            if valid is not None:
+                self.step.valid_buckets = buckets_of(self.step, config, valid, in_order(config, valid), MOST_VALID)
         self.batches = Batches(
             rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan,
             finish=self.step.lay_out,
@@ -254,15 +210,6 @@ class Job:
         self.padding = own.padding if own else padding(plan.batches(0), rows.lengths, self.multiple)
         self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
         self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
-
-    def _choose_buckets(self, plan: Plan, rows: Dataset) -> None:
-        """Few shapes for the compiled step, which pads to them from what is not padded yet."""
-        self.multiple, size, step = 1, self.config.batch_size, self.step
-        step.buckets = choose_buckets(rows.sizes, plan, size, partial(step.work, size))
-        if self.valid is not None:
-            in_order = Shuffled(len(self.valid), size, shuffle=False)
-            cost = partial(step.work, size)
-            step.valid_buckets = choose_buckets(self.valid.sizes, in_order, size, cost, MOST_VALID)
 
     @property
     def done(self) -> bool:
@@ -449,6 +396,7 @@ class Job:
             "label_tokens": p.label_tokens,
             "train_seconds": p.seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "estimated_peak_gb": self.estimate and self.estimate.peak / 1e9,
             "adapter_weights": sum(w.size for w in self.weights.values()),
             "compiled": self.step.compiled,
             "compilations": dict(self.step.traces),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from gemma_mlx import blas  # before mlx.core
 
@@ -39,6 +40,37 @@ def set_limits() -> dict[str, int]:
         limits["wired"] = working_set
         mx.set_wired_limit(working_set)
     return limits
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that arrays may take: bytes in all, of a single buffer (None: no limit), and whose it is."""
+
+    bytes: int
+    buffer: int | None
+    where: str
+
+    def describe(self) -> str:
+        """In words."""
+        return f"the {self.bytes / 1e9:.2f} GB {self.where}"
+
+
+def room(gigabytes: float | None = None) -> Room:
+    """What this machine has for a run: on a GPU the working set that it recommends, on a CPU what is available now.
+
+    ``gigabytes``: as if it had so many (10⁹ bytes).
+    """
+    if gigabytes is not None:
+        return Room(int(gigabytes * 1e9), None, "of --memory-gb")
+    info = mx.device_info()
+    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    if mx.default_device().type == mx.gpu and size:
+        return Room(int(size), info.get("max_buffer_length"), "that the GPU may use")
+    import psutil
+
+    memory = psutil.virtual_memory()
+    where = f"that are free (of {memory.total / 1e9:.1f} GB)"
+    return Room(memory.available, info.get("max_buffer_length"), where)
 
 
 def cores() -> int:

@@ -185,6 +185,10 @@ class Step:
         """The part of a step that needs no weights: parts of the batch in NumPy. May run in any thread."""
         return self._lay_out(batch, self.buckets)
 
+    def lay_out_valid(self, batch: Batch) -> list[Laid]:
+        """``lay_out`` for ``evaluate``."""
+        return self._lay_out(batch, self.valid_buckets)
+
     def _lay_out(self, batch: Batch, buckets: Buckets | None) -> list[Laid]:
         """The largest part first, so that the lanes end together."""
         parts = [self._laid(part, buckets) for part in split(batch, self.lanes, self.model.spec)]
@@ -248,7 +252,7 @@ class Step:
 
     def evaluate(self, weights: Weights, batch: Batch) -> Sums:
         """Sums of a batch without dropout, lazy."""
-        parts, sums = self._lay_out(batch, self.valid_buckets), Sums()
+        parts, sums = self.lay_out_valid(batch), Sums()
         found = self._each(self._part_loss, weights, parts, [None] * len(parts))
         for (total, correct), part in zip(found, parts, strict=True):
             sums.add(total, correct, part)

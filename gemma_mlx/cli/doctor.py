@@ -21,21 +21,40 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--audio", type=FILE, help="With --parity: a recorded clip, in place of the built-in one.")
 @click.option("--text", help="With --parity: what is said in it.")
 @click.option("--image", type=FILE, help="With --parity: a picture, in place of the built-in one.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="With --parity: a JSON file to post.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --parity: a JSON file to post; with --estimate: Markdown.",
+)
+@click.option("--estimate", is_flag=True, help="Which Mac trains which checkpoint (or --model) with which settings.")
 def command(
-    model: str | None, dtype: str | None, rank: int, read_weights: bool, parity: bool, **compared: Any
+    model: str | None,
+    dtype: str | None,
+    rank: int,
+    read_weights: bool,
+    parity: bool,
+    estimate: bool,
+    **compared: Any,
 ) -> int | None:
     """Describe a checkpoint; exits with 2 if it would not load.
 
     With --parity the checkpoint is run here and in transformers (--dtype float32 where its weights fit into memory),
     and every part's difference stands beside transformers' own rounding noise: 0 if all are within bound, else 1.
+
+    With --estimate nothing is loaded: tables of the memory that a typical run takes, from the checkpoints' shapes.
     """
     from gemma_mlx import machine
     from gemma_mlx.inspection import examine
     from gemma_mlx.models.load import resolve
 
-    if given := [f"--{name}" for name, value in compared.items() if value is not None and not parity]:
+    allowed = tuple(compared) if parity else ("out",) if estimate else ()
+    if given := [f"--{name}" for name, value in compared.items() if value is not None and name not in allowed]:
         raise InputError(f"{given[0]} goes with --parity")
+    if estimate:
+        from gemma_mlx.cli.estimate import run as show_estimates
+
+        show_estimates(model, rank, compared["out"])
+        return None
     click.echo(f"machine: {machine.describe()}")
     if model is None:
         if parity:

@@ -249,17 +249,26 @@ class Processor:
         return AUDIO, self.spec.audio.tokens_each
 
     def _features(self, part: Audio, where: str) -> np.ndarray:
+        return self.clip_features(load_audio(part.path, where, self.long_audio, self.spec.audio.max_samples))
+
+    def clip_features(self, wave: np.ndarray) -> np.ndarray:
+        """What the audio tower reads of float32 samples, mono at 16 kHz."""
         audio = self.spec.audio
-        wave = load_audio(part.path, where, self.long_audio, audio.max_samples)
         if self._is_3n:
             return gemma3n_log_mel(wave, audio.tokens_each)
         return raw_frames(wave, audio.audio_embed_dim) if self.spec.unified else log_mel(wave)
 
-    def _patches(self, picture: np.ndarray, part: Image | Video, where: str) -> Patches:
+    def picture_patches(self, picture: np.ndarray, most: int | None = None) -> Patches:
+        """What the vision tower reads of a picture, uint8 [height, width, 3], with at most so many soft tokens (by
+        default as many as set; Gemma 3n's are always as many)."""
         if self._is_3n:
             return square_picture(picture, self.image_side, self.spec.vision.tokens_each)
+        vision = self.spec.vision
+        return image_patches(picture, most or self.image_tokens, vision.input_patch, vision.input_pooling)
+
+    def _patches(self, picture: np.ndarray, part: Image | Video, where: str) -> Patches:
         try:
-            return image_patches(picture, *self._budget(part))
+            return self.picture_patches(picture, self.video_limits[1] if isinstance(part, Video) else None)
         except InputError as e:
             raise InputError(f"{where}: {part.path}: {e}") from None
 

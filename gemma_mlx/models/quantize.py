@@ -107,24 +107,49 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
     Raises:
         InputError: other bits, or a model that holds quantized weights already.
     """
-    if bits not in BITS:
-        raise InputError(f"quantize {bits}: expected one of {', '.join(map(str, BITS))}")
-    if found := quantized_paths(model):
-        path, form = next(iter(found.items()))
-        held = f"{path}: {form.bits} bits"
-        raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
     done, parts = [], set(parts)
-    for path in [*_modules(model), *float_stacks(model)]:
-        module = _at(model, path)
-        module = Stack(module) if isinstance(module, mx.array) else module
-        if stays_float(path, module) or (parts and not parts.intersection(path.split("."))):
+    for path in _quantizable(model, bits):
+        if parts and not parts.intersection(path.split(".")):
             continue
+        module = _matrix(model, path)
         packed = module.to_quantized(group_size=group_of(module.weight.shape[-1]), bits=bits)
         mx.eval(packed.parameters())
         put_module(model, path, packed)
         done.append(path)
     model.freeze()
     return done
+
+
+def _matrix(model: nn.Module, path: str) -> nn.Module:
+    """The matrix, or stack of matrices, at a path."""
+    found = _at(model, path)
+    return Stack(found) if isinstance(found, mx.array) else found
+
+
+def _quantizable(model: nn.Module, bits: int) -> list[str]:
+    """Paths of the matrices and stacks that quantizing to so many bits packs. Raises InputError as `quantize_model`."""
+    if bits not in BITS:
+        raise InputError(f"quantize {bits}: expected one of {', '.join(map(str, BITS))}")
+    if found := quantized_paths(model):
+        path, form = next(iter(found.items()))
+        held = f"{path}: {form.bits} bits"
+        raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
+    paths = [*_modules(model), *float_stacks(model)]
+    return [path for path in paths if not stays_float(path, _matrix(model, path))]
+
+
+def empty_quantized(model: nn.Module, bits: int) -> None:
+    """`quantize_model` without reading a weight: the packed matrices' values mean nothing."""
+    for path in _quantizable(model, bits):
+        module = _matrix(model, path)
+        put_empty(model, path, module, Packed(bits, group_of(module.weight.shape[-1])))
+
+
+def put_empty(model: nn.Module, path: str, module: nn.Module, form: Packed) -> None:
+    """Put an empty packed matrix of this form in the place of a float one, its scales in that one's dtype."""
+    packed = _empty(module, form)
+    packed.set_dtype(module.weight.dtype)
+    put_module(model, path, packed)
 
 
 def expect_packed(

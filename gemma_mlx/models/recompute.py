@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from gemma_mlx.ops.custom import custom_function, vjp
+
 Arrays = list[mx.array]
 
 
@@ -50,16 +52,14 @@ def recomputed(layer: nn.Module) -> Callable[..., Any]:
 
 def _checkpointed(run: Callable[..., Arrays], weights: int) -> Callable[..., Arrays]:
     """`run` with a backward that computes it again; the first so many of its inputs are weights."""
-    function = mx.custom_function(run)
 
-    @function.vjp
     def backward(inputs: Arrays, cotangents: Arrays, _outputs: Arrays) -> Arrays:
         inputs = mx.depends(list(inputs), list(cotangents))
-        _, gradients = mx.vjp(run, inputs, list(cotangents))
+        _, gradients = vjp(run, inputs, list(cotangents))
         first, then = gradients[:weights], gradients[weights:]
         return [*first, *mx.depends(then, first)] if first else then
 
-    return function
+    return custom_function(run, backward)
 
 
 def _leaves(tree: Any) -> Arrays:

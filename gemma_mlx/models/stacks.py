@@ -12,13 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.models.layers import BufferModule
+from gemma_mlx.ops.device import on_gpu
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 
 
 def _inner_dtype(x: mx.array) -> mx.Dtype:
     """What to multiply in: MLX's gather_mm has only float32 on a CPU, and gather_qmm's gradient adds up in x's."""
-    return mx.float32 if mx.default_device().type == mx.cpu else x.dtype
+    return x.dtype if on_gpu() else mx.float32
 
 
 def through(weight: mx.array, x: mx.array, which: mx.array, is_sorted: bool) -> mx.array:

@@ -51,9 +51,11 @@ class DiskTable(nn.Module):
     def __init__(self, stored: Mapping[str, StoredTensor], dtype: mx.Dtype, group_size: int = 0, bits: int = 0):
         super().__init__()
         self._stored, self._dtype, self._form = dict(stored), dtype, (group_size, bits)
-        self._maps = {
-            name: np.memmap(s.file, _NUMPY[s.dtype], "r", s.offset, s.shape) for name, s in self._stored.items()
-        }
+        self._maps = {name: self._map(tensor) for name, tensor in self._stored.items()}
+
+    @staticmethod
+    def _map(stored: StoredTensor) -> np.ndarray:
+        return np.memmap(stored.file, _NUMPY[stored.dtype], "r", stored.offset, stored.shape)
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +104,14 @@ class DiskTable(nn.Module):
         rows, kind = mx.array(stored), self._stored[name].dtype
         rows = rows.view(mx.bfloat16) if kind == "BF16" else rows
         return rows if kind == "U32" else rows.astype(self._dtype)
+
+
+class ShapeTable(DiskTable):
+    """A table of which only the shape is known; all its rows are zeros."""
+
+    @staticmethod
+    def _map(stored: StoredTensor) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), _NUMPY[stored.dtype]), stored.shape)
 
 
 def tables_on_disk(model: nn.Module) -> dict[str, DiskTable]:

@@ -7,6 +7,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from gemma_mlx.ops.custom import custom_function
+
 _SLOPE, _CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -23,14 +25,13 @@ def _backward(gate: mx.array, x: mx.array, tanh: mx.array, cotangent: mx.array) 
     return cotangent * x * slope, cotangent * (0.5 * gate * (1 + tanh))
 
 
-@mx.custom_function
-def _gated(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-    return _forward(gate, x)
-
-
-@_gated.vjp
 def _gated_vjp(inputs: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-    return _backward(*inputs, outputs[1], cotangents[0])
+    # A compiled step would otherwise keep 0.5 · gate and 1 + tanh, which both passes compute, for the second one.
+    gate, x, tanh = mx.depends([*inputs, outputs[1]], [cotangents[0]])
+    return _backward(gate, x, tanh, cotangents[0])
+
+
+_gated = custom_function(lambda gate, x: _forward(gate, x), _gated_vjp)
 
 
 def gated_gelu(gate: mx.array, x: mx.array) -> mx.array:

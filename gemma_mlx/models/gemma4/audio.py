@@ -14,6 +14,8 @@ import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.layers import ClippedLinear, RMSNorm
+from gemma_mlx.ops.custom import contiguous
+from gemma_mlx.ops.device import on_gpu
 
 BLOCK = 12
 """Queries that are attended together. See `banded_attention`."""
@@ -41,7 +43,7 @@ def _strided_conv(x: mx.array, weight: mx.array) -> mx.array:
     input is data and needs no gradient, windows are cheap and one product takes half the convolution's time (16 × 150
     × 128 to 128 channels: 46 -> 24 ms). On a GPU the convolution it is.
     """
-    if mx.default_device() != mx.Device(mx.cpu):
+    if on_gpu():
         return mx.conv2d(x, weight, stride=2, padding=1)
     return _strided_conv_by_windows(x, weight) if x.shape[-1] == 1 else _strided_conv_by_taps(x, weight)
 
@@ -49,7 +51,7 @@ def _strided_conv(x: mx.array, weight: mx.array) -> mx.array:
 def _strided_conv_by_windows(x: mx.array, weight: mx.array) -> mx.array:
     m, t, f, _ = x.shape
     out_t, out_f = (t + 1) // 2, (f + 1) // 2
-    x = mx.contiguous(mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)]))
+    x = contiguous(mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)]))
     row = x.shape[2]
     windows = mx.as_strided(x, (m, out_t, out_f, 3, 3), (x.shape[1] * row, 2 * row, 2, row, 1))
     return windows.reshape(m, out_t, out_f, 9) @ weight.reshape(-1, 9).T
