@@ -10,6 +10,7 @@ from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
+from gemma_mlx.estimate import Estimate
 from gemma_mlx.loop import finetune
 from gemma_mlx.lora import apply_lora, lora_parameters
 from gemma_mlx.models.load import load_model
@@ -88,6 +89,7 @@ def test_a_bad_clip_ends_the_run_at_its_own_batch(checkpoint_folder, rows, sampl
         return original(self, batch)
 
     monkeypatch.setattr(Step, "lay_out", fails)
+    monkeypatch.setattr("gemma_mlx.fit.estimate_run", lambda *_: Estimate({}))  # lays out the largest batch before
     with pytest.raises(InputError, match=r"media\.csv:9"):
         finetune(str(checkpoint_folder), out=tmp_path / "broken", steps=5, **options)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")]

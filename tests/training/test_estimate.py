@@ -207,10 +207,12 @@ def test_what_fits_on_a_mac():
 
 
 def test_auto_makes_it_fit_and_the_run_remembers(checkpoint_folder, rows, tmp_path, capsys):
+    gc.collect()
+    held = mx.get_active_memory() / 1e9  # of other tests
     needed = finetune(
         checkpoint_folder, data=str(rows / "train.csv"), out=str(tmp_path / "plain"), steps=2, batch_size=8, quiet=True
     ).report
-    assert needed["estimated_peak_gb"] > 0.9 * needed["peak_memory_gb"]
+    assert needed["estimated_peak_gb"] > 0.9 * (needed["peak_memory_gb"] - held)
     limit = 0.9 * needed["estimated_peak_gb"]
     given = arguments(checkpoint_folder, rows, tmp_path / "run", "--memory-gb", limit, "--auto", "--batch-size", 8)
     code, told = entered(given, capsys)

@@ -83,7 +83,7 @@ def test_a_run_encodes_each_medium_once(checkpoint_folder, rows, tmp_path, monke
     from gemma_mlx.models.gemma4.audio import AudioTower
 
     monkeypatch.setenv("GEMMA_MLX_COMPILE", "off")
-    monkeypatch.setattr("gemma_mlx.loop.estimate_run", lambda *_: Estimate({}))  # asks towers for their shapes
+    monkeypatch.setattr("gemma_mlx.fit.estimate_run", lambda *_: Estimate({}))  # asks towers for their shapes
     calls = []
     original = AudioTower.__call__
     monkeypatch.setattr(AudioTower, "__call__", lambda self, *a: calls.append(len(a[0])) or original(self, *a))
