@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Worker:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(self._process.args)}: ended with code {self._process.wait()}")
+            raise RuntimeError(f"{' '.join(self._process.args)}: ended with code {self._process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -186,7 +187,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         facts = write_inputs(Path(folder), options)
         mx.clear_cache()
-        found = [pairs(Path(folder), options, peer, ours) for peer in peers for ours in settings]
+        found = []
+        for peer, ours in product(peers, settings):
+            try:
+                found.append(pairs(Path(folder), options, peer, ours))
+            except RuntimeError as error:  # the others are worth their table
+                print(f"left out: {error}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     page = report(found, facts, options)
     (options.out / "step.md").write_text(page)

@@ -15,12 +15,12 @@ from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.config import NO_MASTERS, TrainConfig
 from gemma_mlx.data.batches import collate
-from gemma_mlx.data.buckets import LONGEST, MEDIA, MOST_VALID, SOFT, TOKENS, of_batch, of_row
+from gemma_mlx.data.buckets import LONGEST, MEDIA, MOST, MOST_VALID, SOFT, TOKENS, of_batch, of_row
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.order import Plan
 from gemma_mlx.data.packing import joined
 from gemma_mlx.errors import InputError
-from gemma_mlx.estimate import Estimate, Kept, estimate, media_weights
+from gemma_mlx.estimate import ChooseBuckets, Estimate, Kept, estimate, media_weights
 from gemma_mlx.machine import Room
 from gemma_mlx.models.media import MEDIA as KINDS
 from gemma_mlx.optimizers import OPTIMIZERS
@@ -174,14 +174,25 @@ def estimate_run(model: Any, given: bool, rows: Dataset, valid: Dataset | None, 
         optimizer=OPTIMIZERS[config.optimizer],
         masters=config.master_weights != NO_MASTERS,
         kept=kept_outputs(config, rows),
-        valid=valid and heaviest_batch(valid, in_order(config, valid), config, weight),
-        buckets=(lambda step: buckets_of(step, config, rows, plan)) if should_compile() else None,
-        valid_buckets=(
-            (lambda step: buckets_of(step, config, valid, in_order(config, valid), MOST_VALID))
-            if valid and should_compile()
-            else None
-        ),
+        buckets=shapes_of(config, rows, plan),
+        **valid_batch(config, valid, weight),
     )
+
+
+def valid_batch(config: TrainConfig, valid: Dataset | None, weight: dict[str, float]) -> dict[str, Any]:
+    """What ``estimate`` is told of validation."""
+    if valid is None:
+        return {}
+    plan = in_order(config, valid)
+    return {
+        "valid": heaviest_batch(valid, plan, config, weight),
+        "valid_buckets": shapes_of(config, valid, plan, MOST_VALID),
+    }
+
+
+def shapes_of(config: TrainConfig, rows: Dataset, plan: Plan, most: int = MOST) -> ChooseBuckets | None:
+    """What chooses a compiled step's buckets; None where steps are not compiled."""
+    return partial(buckets_of, config=config, rows=rows, plan=plan, most=most) if should_compile() else None
 
 
 def kept_outputs(config: TrainConfig, rows: Dataset) -> Kept:

@@ -1,6 +1,6 @@
 """A worker of ``step.py``: transformers and PEFT on torch, on MPS where there is one, else on the CPU.
 
-A third argument is the attention: eager or sdpa.
+A third argument is the decoder's attention: eager or sdpa (the audio tower has eager alone).
 """
 
 import os
@@ -21,7 +21,9 @@ def main() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     model = Gemma4ForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation={"text_config": attention, "vision_config": attention, "audio_config": "eager"},
     )
     targets = rf".*language_model.*\.({'|'.join(LINEARS)})"
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).to(device).train()
@@ -46,7 +48,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     peak = None if device == "cpu" else torch.mps.driver_allocated_memory
     serve(f"transformers + PEFT ({attention})", step, peak, version=f"torch {torch.__version__}", device=device)
