@@ -101,6 +101,11 @@ def growth(now: float, before: float | None) -> str:
     return "" if before is None else f"{math.log2(now / before):.2f}"
 
 
+def shown(size: float) -> str:
+    """A size in a table."""
+    return f"1/{round(1 / size)}" if size < 1 else f"{size:,.0f}"
+
+
 def plot(found: dict[str, list], path: Path) -> None:
     """Seconds and memory against each size, both axes logarithmic."""
     from matplotlib.figure import Figure
@@ -115,6 +120,8 @@ def plot(found: dict[str, list], path: Path) -> None:
             ax.loglog(sizes, values, "o-", base=2)
             ax.loglog(sizes, [values[0] * s / sizes[0] for s in sizes], ":", color="gray", label="proportional")
             ax.set_xlabel(name)
+            ax.set_xticks(sizes, map(shown, sizes), rotation=30)
+            ax.minorticks_off()
             ax.set_ylabel(unit if column == 0 else "")
             ax.grid(alpha=0.3)
     axes[0][0].legend()

@@ -157,7 +157,7 @@ def plot(found: list[list[dict]], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.set_yticks(places, [label for _, label, _ in values])
         axes.set_xlabel(unit)
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
     figure.savefig(path, dpi=120)
 
 
