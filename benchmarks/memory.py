@@ -148,8 +148,9 @@ def line_up(config: dict, chosen, options: dict, name: str, depths: list, batch)
         report(name, f"{own}+{shared}", found[own, shared], guess, f"{took:.0f}")
     whole = estimate(made(config, chosen.dtype, bits), batch, **options)
     full = depth(config)
-    measured = extrapolated(found, full) if found else None
-    report(name, f"all ({full[0]}+{full[1]}), extrapolated" if found else f"all ({full[0]}+{full[1]})", measured, whole)
+    measured = extrapolated(found, full) if len(found) > 1 else None  # one depth has no slope
+    layers = f"all ({full[0]}+{full[1]})" + (", extrapolated" if measured else "")
+    report(name, layers, measured, whole)
 
 
 def report(name: str, layers: str, measured: float | None, guess, took: str = "") -> None:
