@@ -16,7 +16,7 @@ from gemma_mlx.step import Step
 @pytest.mark.slow
 def test_memory_stays_flat(checkpoint_folder, rows):
     """Active memory from step 50 to step 1,000, ragged batches of text, clips and pictures: the mean of every 50 steps
-    within 1 %, and the peaks of its quarters are equal.
+    within 1 %, and the peaks of its quarters within 2 %.
 
     Single steps differ by more in so small a model: MLX hands on a buffer that is up to 16 kB larger than its array.
     """
@@ -44,4 +44,5 @@ def test_memory_stays_flat(checkpoint_folder, rows):
     print(f"active {later.min():,.0f} to {later.max():,.0f} bytes, peaks {peaks}")
     assert len(shapes) > 4
     assert later.max() <= 1.01 * later[0] and later.min() >= 0.99 * later[0]
-    assert max(peaks[1:]) <= 1.01 * min(peaks[1:])  # the towers run in the first
+    # The towers run in the first; how far MLX allocates ahead of what it computes is another from run to run.
+    assert max(peaks[1:]) <= 1.02 * min(peaks[1:])
