@@ -1,0 +1,97 @@
+"""Which implementation of an op runs: its kernel on Metal or CUDA, or its plain MLX reference.
+
+A kernel runs where all of this holds, and the choice never depends on whether a launch fails:
+
+1. the default device is a GPU and MLX has Metal, or CUDA and the kernel has a CUDA form;
+2. ``GEMMA_MLX_KERNELS`` allows it: ``on`` (default), ``off``, or names of ops separated by commas;
+3. the op takes the shapes and dtypes (its own file says which).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+
+from gemma_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from gemma_mlx.ops.kernel import Launch
+
+VARIABLE = "GEMMA_MLX_KERNELS"
+log = logging.getLogger("gemma_mlx")
+
+
+class Backend(Protocol):
+    """What launches kernels."""
+
+    name: str
+
+    def run(self, launch: Launch) -> list[mx.array]: ...
+
+
+class Metal:
+    name = "metal"
+
+    def run(self, launch: Launch) -> list[mx.array]:
+        from gemma_mlx.ops.kernel import metal
+
+        return launch.through(metal(launch.kernel))
+
+
+_backend: Backend | None = None
+_reported: set[str] = set()
+
+
+def backend() -> Backend | None:
+    """What kernels of this process run on; None: they do not."""
+    if _backend is not None:
+        return _backend
+    if mx.default_device().type == mx.gpu and mx.metal.is_available():
+        return Metal()
+    return None
+
+
+@contextmanager
+def using(chosen: Backend) -> Iterator[Backend]:
+    """Within the block kernels are launched by `chosen`, as the tests' emulator is."""
+    global _backend
+    held, _backend = _backend, chosen
+    try:
+        yield chosen
+    finally:
+        _backend = held
+
+
+def allowed(op: str) -> bool:
+    """Whether ``GEMMA_MLX_KERNELS`` allows this op's kernels.
+
+    Raises:
+        InputError: it names an op that does not exist.
+    """
+    setting = os.environ.get(VARIABLE, "on").strip().lower()
+    if setting in ("on", "off", ""):
+        return setting != "off"
+    from gemma_mlx.ops.registry import names
+
+    chosen = {name.strip() for name in setting.split(",")}
+    if unknown := sorted(chosen - set(names())):
+        raise InputError(
+            f"{VARIABLE}={setting}: no kernel {', '.join(unknown)}; there are on, off, {', '.join(names())}"
+        )
+    return op in chosen
+
+
+def runs(op: str) -> bool:
+    """Whether the kernels of `op` run here; said once in the log."""
+    chosen = backend()
+    if chosen is None or not allowed(op):
+        return False
+    if op not in _reported:
+        _reported.add(op)
+        log.info("%s: kernel on %s", op, chosen.name)
+    return True
