@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 IGNORE_INDEX = -100
 """Label of a position without loss (transformers' and torch's convention)."""
+
+
+def unit_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 as float32 in [0, 1]; anything else as it is."""
+    return pixels * np.float32(1 / 255) if pixels.dtype == np.uint8 else pixels
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Batch:
     labels: np.ndarray
     """int32 [B, T], not shifted; ``IGNORE_INDEX`` where there is no loss."""
     pixel_values: np.ndarray | None = None
-    """float32 [N, P, 3·patch²] in [0, 1], zero in padding patches."""
+    """[N, P, 3·patch²], zero in padding patches: uint8, or float32 in [0, 1]. (Gemma 3n: [N, 3, side, side].)"""
     image_position_ids: np.ndarray | None = None
     """int32 [N, P, 2], (x, y) of each patch, −1 in padding patches."""
     input_features: np.ndarray | None = None
@@ -35,7 +41,7 @@ class Batch:
     input_features_mask: np.ndarray | None = None
     """bool [M, F]; true on valid frames."""
     pixel_values_videos: np.ndarray | None = None
-    """float32 [frames, P, 3·patch²]: the frames of all videos, one after the other; else as pixel_values."""
+    """[frames, P, 3·patch²]: the frames of all videos, one after the other; else as pixel_values."""
     video_position_ids: np.ndarray | None = None
     """int32 [frames, P, 2], as image_position_ids."""
     num_frames_per_video: np.ndarray | None = None
@@ -45,11 +51,13 @@ class Batch:
     segment_ids: np.ndarray | None = None
     """int32 [B, T], of rows that hold several samples end to end: 1 along the first, 2 along the second, …, 0 in
     padding. A sample's first token has no label, so that the last token before it predicts nothing."""
+    digests: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """Hashes of the media's contents, by kind ("image", "video"), in order; a kind may be missing."""
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """The arrays that ``model(**inputs)`` takes: every field that is set except labels and row ids."""
-        names = (f.name for f in fields(self) if f.name not in ("labels", "row_ids"))
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """The arrays that ``model(**inputs)`` takes: every array that is set except labels, pixels as float32."""
+        names = (f.name for f in fields(self) if f.name not in ("labels", "row_ids", "digests"))
+        return {name: unit_range(value) for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def label_count(self) -> int:

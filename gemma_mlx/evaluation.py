@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_mlx import scoring
-from gemma_mlx.batch import Batch
+from gemma_mlx.batch import Batch, unit_range
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.examples import Example
@@ -171,8 +171,8 @@ def muted(batch: Batch) -> Batch:
         changes["input_features"] = _filled(batch.input_features, batch.input_features_mask, silence)
     for pixels, positions in MEDIA.values():
         if pixels != "input_features" and (given := getattr(batch, pixels)) is not None:
-            changes[pixels] = _filled(given, (getattr(batch, positions) >= 0).all(-1), GREY)
-    return replace(batch, **changes)
+            changes[pixels] = _filled(unit_range(given), (getattr(batch, positions) >= 0).all(-1), GREY)
+    return replace(batch, **changes, digests={})
 
 
 def _filled(like: np.ndarray, valid: np.ndarray, value: float) -> np.ndarray:

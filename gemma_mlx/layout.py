@@ -88,7 +88,8 @@ def lay_out(batch: Batch, spec: Any, frozen: Mapping[str, TowerCache] | None = N
             continue
         soft = max(1, -(-len(index) // lengths.soft[kind])) * lengths.soft[kind]
         if frozen and kind in frozen:
-            laid.media[kind], laid.soft_tokens[kind] = frozen[kind].look_up(values, where), soft
+            laid.media[kind] = frozen[kind].look_up(values, where, batch.digests.get(kind))
+            laid.soft_tokens[kind] = soft
         else:
             arrays |= {name: a for name, a in zip(names, (values, where), strict=True) if a is not None}
             # The extra soft tokens are never spliced.
@@ -161,8 +162,8 @@ def blank(spec: Any, kind: str, count: int) -> tuple[np.ndarray, np.ndarray | No
         width = getattr(spec.audio, "audio_embed_dim", MEL_BINS)
         return np.zeros((count, frames, width), np.float32), np.ones((count, frames), bool)
     if fixed:
-        return np.zeros((count, 3, 256, 256), np.float32), None
+        return np.zeros((count, 3, 256, 256), np.uint8), None
     side = spec.vision.input_pooling
     places = np.stack(np.divmod(np.arange(side * side, dtype=np.int32), np.int32(side))[::-1], axis=-1)
-    pixels = np.zeros((count, side * side, 3 * spec.vision.input_patch**2), np.float32)
+    pixels = np.zeros((count, side * side, 3 * spec.vision.input_patch**2), np.uint8)
     return pixels, np.repeat(places[None], count, axis=0)

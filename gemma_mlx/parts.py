@@ -60,6 +60,7 @@ def _rows(batch: Batch, part: int, at: list[int], cuts: dict[str, list[int]], sp
                 needed = longest(present(media[names[1]]))
                 media = {name: array[:, :needed] for name, array in media.items()}
             parts |= media
+    parts["digests"] = {kind: digests[slice(*cuts[kind][part : part + 2])] for kind, digests in batch.digests.items()}
     return Batch(**parts)
 
 

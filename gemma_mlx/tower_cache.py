@@ -55,25 +55,30 @@ class TowerCache:
         """The tower's output [n, D] for all media of a batch, in order."""
         return self.encode(self.look_up(values, where))
 
-    def look_up(self, values: np.ndarray, where: np.ndarray | None) -> list[Medium]:
+    def look_up(
+        self, values: np.ndarray, where: np.ndarray | None, digests: Sequence[bytes] | None = None
+    ) -> list[Medium]:
         """The media of a batch and what is kept of them: all that needs neither weights nor MLX's streams.
 
         Args:
             values: [N, ...] pixels, or features [N, P, ...] padded as `where` says.
             where: [N, P, 2] positions, −1 in padding, or a mask [N, P]; None where nothing is padded.
+            digests: hashes of the media's contents, where they are known; else they are made of the arrays.
         """
         places = [None] * len(values) if where is None else list(where)
         if self.trim and where is not None:
             lengths = present(where).sum(axis=1)
             values = [v[:n] for v, n in zip(values, lengths, strict=True)]
             places = [w[:n] for w, n in zip(places, lengths, strict=True)]
-        return [self._medium(v, w) for v, w in zip(values, places, strict=True)]
+        return [self._medium(*medium) for medium in zip(values, places, digests or [None] * len(values), strict=True)]
 
-    def _medium(self, values: np.ndarray, where: np.ndarray | None) -> Medium:
+    def _medium(self, values: np.ndarray, where: np.ndarray | None, digest: bytes | None) -> Medium:
         content = blake2b(self.identity, digest_size=16)
         for array in (values, where):
             content.update(b"-" if array is None else f"{array.dtype}{array.shape}".encode())
-            content.update(b"" if array is None else np.ascontiguousarray(array))
+            if digest is None:
+                content.update(b"" if array is None else np.ascontiguousarray(array))
+        content.update(digest or b"")
         key = content.digest()
         return Medium(key, values, where, self.store.get(key))
 

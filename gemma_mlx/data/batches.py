@@ -51,7 +51,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) ->
     return Batch(
         input_ids, attention_mask, types, labels, pixel_values, positions, features, mask, films, film_positions,
         np.array([len(video) for video in videos], np.int32) if videos else None, row_ids,
-        _segments(samples, tokens),
+        _segments(samples, tokens), _digests(samples),
     )  # fmt: skip
 
 
@@ -60,6 +60,13 @@ def _segments(samples: Sequence[Sample], tokens: int) -> np.ndarray | None:
     if samples[0].segment_ids is None:
         return None
     return np.stack([np.pad(sample.segment_ids, (0, tokens - len(sample))) for sample in samples])
+
+
+def _digests(samples: Sequence[Sample]) -> dict[str, tuple[bytes, ...]]:
+    """Of pictures and frames."""
+    images = tuple(image.digest() for sample in samples for image in sample.images)
+    frames = tuple(frame.digest() for sample in samples for video in sample.videos for frame in video)
+    return {"image": images, "video": frames}
 
 
 def clip_tokens(clip: np.ndarray | Clip, frames_per_token: int) -> int:
@@ -89,14 +96,14 @@ def _stack_images(images: Sequence[Patches], multiple: int) -> tuple[np.ndarray 
     if not images:
         return None, None
     if isinstance(images[0], Picture):
-        return np.stack([image.values() for image in images]), None
+        return np.stack([image.pixels for image in images]), None
     cell = len(images[0].pixels) // images[0].soft_tokens  # patches in one soft token
     patches = _round_up(max(len(image.pixels) for image in images), cell * multiple)
-    values = np.zeros((len(images), patches, images[0].pixels.shape[1]), np.float32)
+    values = np.zeros((len(images), patches, images[0].pixels.shape[1]), np.uint8)
     positions = np.full((len(images), patches, 2), -1, np.int32)
     for i, image in enumerate(images):
         n = len(image.pixels)
-        values[i, :n], positions[i, :n] = image.values(), image.positions
+        values[i, :n], positions[i, :n] = image.pixels, image.positions
     return values, positions
 
 

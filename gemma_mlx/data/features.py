@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def raw_frames(wave: np.ndarray, samples: int = 640) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """A picture as the vision tower reads it, kept in 8 bits until it is batched.
+    """A picture as the vision tower reads it, in 8 bits until the tower computes with it.
 
     Attributes:
         pixels: uint8 [patches, 3·patch²], patches row by row, each (row, column, channel).
@@ -91,9 +92,11 @@ class Patches:
     positions: np.ndarray
     soft_tokens: int
 
-    def values(self) -> np.ndarray:
-        """float32 [patches, 3·patch²] in [0, 1]."""
-        return self.pixels.astype(np.float32) * np.float32(1 / 255)
+    def digest(self) -> bytes:
+        """A hash of what the tower reads."""
+        content = blake2b(self.positions, digest_size=16)
+        content.update(self.pixels)
+        return content.digest()
 
     @property
     def nbytes(self) -> int:

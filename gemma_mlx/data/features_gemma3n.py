@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def stack_clips(clips: Sequence[Clip], multiple: int = 1) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture as the vision tower reads it, kept in 8 bits until it is batched.
+    """A picture as the vision tower reads it, in 8 bits until the tower computes with it.
 
     Attributes:
         pixels: uint8 [3, side, side].
@@ -122,9 +123,9 @@ class Picture:
     pixels: np.ndarray
     soft_tokens: int = 256
 
-    def values(self) -> np.ndarray:
-        """float32 [3, side, side] in [0, 1]."""
-        return self.pixels.astype(np.float32) * np.float32(1 / 255)
+    def digest(self) -> bytes:
+        """A hash of what the tower reads."""
+        return blake2b(self.pixels, digest_size=16).digest()
 
     @property
     def nbytes(self) -> int:

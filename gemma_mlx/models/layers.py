@@ -8,6 +8,12 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+
+def unit_range(pixels: mx.array) -> mx.array:
+    """uint8 as float32 in [0, 1]; anything else as it is."""
+    return pixels.astype(mx.float32) * np.float32(1 / 255) if pixels.dtype == mx.uint8 else pixels
 
 
 class _Untrainable(set):

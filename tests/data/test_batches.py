@@ -67,15 +67,17 @@ def test_collate(table, processor, multiple):
     kinds = {name: getattr(batch, name).dtype for name in given}
     assert kinds == {
         **dict.fromkeys(("input_ids", "attention_mask", "mm_token_type_ids", "labels", "image_position_ids"), np.int32),
-        **{"pixel_values": np.float32, "input_features": np.float32, "input_features_mask": np.bool_},
+        **{"pixel_values": np.uint8, "input_features": np.float32, "input_features_mask": np.bool_},
     }
     images = [image for sample in samples for image in sample.images]
     assert batch.pixel_values.shape[0] == 2 and batch.pixel_values.shape[1] % (9 * multiple) == 0
     for values, positions, image in zip(batch.pixel_values, batch.image_position_ids, images, strict=True):
         n = len(image.pixels)
-        assert np.array_equal(values[:n], image.values()) and not values[n:].any()
+        assert np.array_equal(values[:n], image.pixels) and not values[n:].any()
         assert np.array_equal(positions[:n], image.positions) and (positions[n:] == -1).all()
-    assert values.min() >= 0 and values.max() <= 1
+    floats = batch.inputs()["pixel_values"]
+    expected = batch.pixel_values.astype(np.float32) * np.float32(1 / 255)
+    assert floats.dtype == np.float32 and np.array_equal(floats, expected)
 
 
 def test_clips_of_a_batch_equal_the_reference(table, processor, media):

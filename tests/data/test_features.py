@@ -5,6 +5,7 @@ import pytest
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
+from gemma_mlx.batch import unit_range
 from gemma_mlx.data.features import image_patches, log_mel
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import IMAGE_BUDGETS, audio_soft_tokens, image_soft_tokens
@@ -71,7 +72,7 @@ def test_patches_equal_the_reference(budget):
         expected = processor(image, return_tensors="np")
         found = image_patches(image, budget)
         n = len(found.pixels)
-        close = np.abs(found.values() - expected["pixel_values"][0, :n]) <= 1 / 255
+        close = np.abs(unit_range(found.pixels) - expected["pixel_values"][0, :n]) <= 1 / 255
         assert close.mean() >= 0.999, (height, width)
         assert np.array_equal(found.positions, expected["image_position_ids"][0, :n])
         assert (expected["image_position_ids"][0, n:] == -1).all() and not expected["pixel_values"][0, n:].any()
@@ -94,3 +95,12 @@ def test_zero_size_image(shape):
 def test_image_of_another_format():
     with pytest.raises(InputError, match="expected uint8"):
         image_patches(np.zeros((9, 9), np.uint8))
+
+
+def test_a_picture_s_digest_is_that_of_its_pixels_and_their_places():
+    r = np.random.default_rng(0)
+    pictures = [r.integers(0, 256, (48 * a, 48 * b, 3), dtype=np.uint8) for a, b in ((1, 2), (2, 1), (1, 2))]
+    pictures[1] = np.zeros_like(pictures[1])
+    flat = [image_patches(p) for p in (*pictures, np.zeros((48, 96, 3), np.uint8), pictures[0].copy())]
+    digests = [patches.digest() for patches in flat]
+    assert digests[0] == digests[4] and len(set(digests[:4])) == 4

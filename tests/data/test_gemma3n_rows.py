@@ -11,6 +11,7 @@ from bucketed import assert_nothing_changes
 from PIL import Image as PilImage
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from gemma_mlx.batch import unit_range
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
 from gemma_mlx.data.features_gemma3n import frame_count, log_mel, square_picture, stack_clips
@@ -75,8 +76,8 @@ def test_pictures(shape):
     theirs = SiglipImageProcessorPil(size={"height": 768, "width": 768}, resample=2, do_normalize=False)
     expected = theirs(PilImage.fromarray(pixels), return_tensors="np")["pixel_values"][0]
     picture = square_picture(pixels)
-    assert picture.values().shape == (3, 768, 768) and picture.soft_tokens == 256
-    assert np.abs(picture.values() - expected).max() <= 1e-6
+    assert picture.pixels.shape == (3, 768, 768) and picture.soft_tokens == 256
+    assert np.abs(unit_range(picture.pixels) - expected).max() <= 1e-6
 
 
 def make_tokenizer():
@@ -151,9 +152,9 @@ def test_ids_equal_the_processor_of_transformers(folder, parts):
     assert sample.input_ids.tolist() == list(expected["input_ids"][0])
     assert processor.decode(sample.labels[sample.labels >= 0], False) == "a small house<end_of_turn>"
     assert processor.sample(example, with_features=False).input_ids.tolist() == sample.input_ids.tolist()
-    batch = collate([sample], 0)
+    inputs = collate([sample], 0).inputs()
     for name in ("pixel_values", "input_features", "input_features_mask"):
-        found = getattr(batch, name)
+        found = inputs.get(name)
         assert (found is None) == (expected.get(name) is None)
         assert found is None or np.abs(found.astype("f") - np.asarray(expected[name], "f")).max() <= 1e-4
 

@@ -126,8 +126,9 @@ def test_arrays_are_those_of_the_video_processor(checkpoint, films):
     assert batch.num_frames_per_video.tolist() == [5, 32] and batch.pixel_values is None
     frames = [f for name in ("short.mp4", "long.mp4") for f in load_frames(films / name)]
     expected = Gemma4ImageProcessorPil(max_soft_tokens=70)(frames, return_tensors="np")
-    patches = batch.pixel_values_videos.shape[1]
-    assert np.abs(batch.pixel_values_videos - expected["pixel_values"][:, :patches]).max() <= 1e-6
+    pixels = batch.inputs()["pixel_values_videos"]
+    patches = pixels.shape[1]
+    assert np.abs(pixels - expected["pixel_values"][:, :patches]).max() <= 1e-6
     assert np.array_equal(batch.video_position_ids, expected["image_position_ids"][:, :patches])
     try:
         from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
@@ -136,7 +137,7 @@ def test_arrays_are_those_of_the_video_processor(checkpoint, films):
     long = np.stack(frames[5:]).transpose(0, 3, 1, 2)
     theirs = Gemma4VideoProcessor(do_sample_frames=False)(videos=[long], return_tensors="np")
     assert theirs["num_soft_tokens_per_video"] == [60]
-    ours, n = batch.pixel_values_videos[5:], 60 * 9
+    ours, n = pixels[5:], 60 * 9
     assert np.array_equal(batch.video_position_ids[5:, :n], theirs["video_position_ids"][:, :n])
     difference = np.abs(ours[:, :n] - theirs["pixel_values_videos"][:, :n])
     assert difference.mean() <= 2 / 255 and np.percentile(difference, 99) <= 8 / 255

@@ -1,5 +1,7 @@
 """How a batch is cut: by rows where they are short, row by row where they are long, each part with its own padding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,12 @@ def test_long_rows_are_alone_without_their_neighbours_padding():
         (1, 40, 128), None, (1, 93, 128),
     ]  # fmt: skip
     assert parts[2].input_features_mask.all() and (parts[2].input_features == 2).all()
+
+
+def test_digests_go_with_their_media():
+    batch = replace(batch_of((900, 300, 700), (40, 0, 93)), digests={"audio": (b"a", b"b"), "image": ()})
+    parts = split(batch, 2, read_spec(CONFIG))
+    assert [part.digests["audio"] for part in parts] == [(b"a",), (), (b"b",)]
 
 
 @pytest.mark.parametrize(

@@ -93,3 +93,15 @@ def test_a_run_encodes_each_medium_once(checkpoint_folder, rows, tmp_path, monke
     calls.clear()
     finetune(str(checkpoint_folder), out=tmp_path / "trained", targets="audio", **options)
     assert sum(calls) == 4 * 4
+
+
+def test_digests_stand_for_contents():
+    tower = Tower()
+    cache = TowerCache(tower)
+    features, where = media([3, 5])
+    expected = np.concatenate([features[i, :n] * 2 + n for i, n in enumerate([3, 5])])
+    found = cache.look_up(features, where, [b"a", b"b"])
+    assert np.array_equal(np.array(cache.encode(found)), expected)
+    again = cache.look_up(features[[1, 0, 0]], where[[1, 0, 0]], [b"b", b"a", b"c"])
+    assert [medium.kept is not None for medium in again] == [True, True, False]
+    assert len({medium.key for medium in (*found, *cache.look_up(features, where))}) == 4

@@ -80,6 +80,7 @@ def test_muted_clips_equal_digital_silence_and_pictures_are_grey(loaded, scored)
         assert not clip[n:].any()
     valid = (quiet.image_position_ids >= 0).all(-1)
     assert (quiet.pixel_values[valid] == 0.5).all() and not quiet.pixel_values[~valid].any()
+    assert not quiet.digests
     assert quiet.input_features.shape == batch.input_features.shape
     assert quiet.pixel_values.dtype == quiet.input_features.dtype == np.float32
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import RMSNorm, gelu_tanh, unit_range
 from gemma_mlx.spec_gemma3n import Gemma3nVisionSpec
 
 RESOLUTION = 16
@@ -257,4 +257,4 @@ class VisionTower(nn.Module):
         self.timm_model = MobileNetV5(spec)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        return self.timm_model(pixel_values.transpose(0, 2, 3, 1)).flatten(1, 2)
+        return self.timm_model(unit_range(pixel_values).transpose(0, 2, 3, 1)).flatten(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.layers import MultimodalEmbedder
+from gemma_mlx.models.layers import MultimodalEmbedder, unit_range
 from gemma_mlx.spec_gemma4_unified import UnifiedVisionSpec
 
 
@@ -45,10 +45,10 @@ class UnifiedVisionEmbedder(nn.Module):
         """Soft tokens [N, P, text_dims], junk in padding.
 
         Args:
-            pixel_values: [N, P, 3 · patch²] in [0, 1], one merged patch a soft token.
+            pixel_values: [N, P, 3 · patch²], uint8 or in [0, 1], one merged patch a soft token.
             image_position_ids: int [N, P, 2], (x, y) in merged patches, −1 in padding.
         """
-        x = _normed(self.patch_ln1, pixel_values.astype(self.pos_embedding.dtype), self.patch_rows)
+        x = _normed(self.patch_ln1, unit_range(pixel_values).astype(self.pos_embedding.dtype), self.patch_rows)
         x = self.patch_ln2(self.patch_dense(x))
         for axis in (0, 1):
             at = image_position_ids[..., axis]

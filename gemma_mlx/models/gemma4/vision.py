@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.lanes import pause
-from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, gelu_tanh
+from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, gelu_tanh, unit_range
 
 
 def soft_token_index(image_position_ids: np.ndarray | mx.array, pooling: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = mx.ones((2, spec.position_embedding_size, spec.hidden_size))
 
     def __call__(self, pixel_values: mx.array, position_ids: mx.array, padding: mx.array) -> mx.array:
-        pixels = (2 * (pixel_values - 0.5)).astype(self.position_embedding_table.dtype)
+        pixels = (2 * (unit_range(pixel_values) - 0.5)).astype(self.position_embedding_table.dtype)
         x, y = mx.maximum(position_ids[..., 0], 0), mx.maximum(position_ids[..., 1], 0)
         table = self.position_embedding_table
         where = mx.take(table[0], x, axis=0) + mx.take(table[1], y, axis=0)
@@ -190,7 +190,7 @@ class VisionTower(BufferModule):
         """Soft tokens of all pictures in order, padding dropped.
 
         Args:
-            pixel_values: [N, P, 3 · patch²] in [0, 1].
+            pixel_values: [N, P, 3 · patch²], uint8 or in [0, 1].
             image_position_ids: [N, P, 2] integers, −1 in padding patches. Pictures of any shapes and order of patches.
             valid_index: `soft_token_index(image_position_ids, pooling)` as an array; give it where this call is
                 traced (compiled), since it cannot be computed there.
