@@ -144,7 +144,7 @@ class TorchBackend:
             ``norm`` [1, T, H], ``logits`` [1, n, V].
         """
         found: dict[str, np.ndarray] = {}
-        handles = self._listen(found)
+        handles = self._listen(found, batch.input_ids)
         head, at = self.model.get_output_embeddings(), torch.tensor(positions, device=self.device)
         handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][:, at],)))
         if noise:
@@ -159,9 +159,9 @@ class TorchBackend:
                 handle.remove()
         return found
 
-    def _listen(self, found: dict[str, np.ndarray]) -> list[Any]:
+    def _listen(self, found: dict[str, np.ndarray], input_ids: np.ndarray) -> list[Any]:
         """Hooks that write what parts give into `found`."""
-        body = self.model.model
+        body, config = self.model.model, self.model.config
         decoder = _decoder(body)
 
         def keep(name: str, tensor: torch.Tensor | None, flat: bool = False) -> None:
@@ -169,9 +169,11 @@ class TorchBackend:
                 array = self._array(tensor).copy()  # the tensor may be changed in place later
                 found[name] = array.reshape(-1, array.shape[-1]) if flat else array
 
-        def on_media(module: Any, args: Any, out: Any) -> None:
-            keep("embed_vision", getattr(out, "image_hidden_states", None), flat=True)
-            keep("embed_audio", getattr(out, "audio_hidden_states", None), flat=True)
+        def before_decoder(module: Any, args: Any, kwargs: Any) -> None:
+            for name, slot in (("embed_vision", "image_token_id"), ("embed_audio", "audio_token_id")):
+                slots = input_ids == getattr(config, slot, None)
+                if slots.any():
+                    keep(name, kwargs["inputs_embeds"][self._tensor(slots)])
 
         def on_audio(module: Any, args: Any, out: Any) -> None:
             padding = getattr(out, "audio_mel_mask", None)  # Gemma 3n's, true on padding
@@ -189,7 +191,7 @@ class TorchBackend:
         handles = [decoder.layers[0].register_forward_pre_hook(before_layers, with_kwargs=True)]
         handles += [layer.register_forward_hook(after_layer(f"layers.{i}")) for i, layer in enumerate(decoder.layers)]
         handles.append(decoder.register_forward_hook(lambda module, args, out: keep("norm", out.last_hidden_state)))
-        handles.append(body.register_forward_hook(on_media))
+        handles.append(decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
         if getattr(body, "vision_tower", None) is not None:
             handles.append(body.embed_vision.register_forward_pre_hook(before_embedder, with_kwargs=True))
         if getattr(body, "audio_tower", None) is not None:
