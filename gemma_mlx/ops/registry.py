@@ -12,7 +12,11 @@ import numpy as np
 
 from gemma_mlx.ops.kernel import Kernel
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "gated_gelu",
+    "norm_residual",
+    "clamp",
+)
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 
 Arguments = Callable[[np.random.Generator, mx.Dtype], Sequence[Any]]
