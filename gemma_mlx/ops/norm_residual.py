@@ -19,9 +19,7 @@ WIDEST = 16384
 ROWS = 32
 """Rows of a block of the weight's gradient."""
 
-FORWARD = Kernel(
-    "norm_residual", ("x", "residual", "weight", "constants", "scale"), ("out", "inverses"), ("reduce.h",)
-)
+FORWARD = Kernel("norm_residual", ("x", "residual", "weight", "constants", "scale"), ("out", "inverses"), ("reduce.h",))
 BACKWARD = Kernel(
     "norm_residual_backward",
     ("x", "cotangent", "inverses", "weight", "constants", "scale"),

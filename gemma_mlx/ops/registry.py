@@ -16,6 +16,11 @@ MODULES: tuple[str, ...] = (
     "gated_gelu",
     "norm_residual",
     "clamp",
+    "head_scores",
+    "head_pulls",
+    "altup_predict",
+    "altup_correct",
+    "sparse_gelu",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 

@@ -31,7 +31,7 @@ def stream(count: int) -> tuple[Triple, Triple]:
 
 
 def row_template(width: int, least: int = 4) -> dict[str, int]:
-    """THREADS of a row of `width` values, whole SIMD groups, and how many VALUES each holds: `least` if that many do."""
+    """THREADS of a row of `width` values, whole SIMD groups, and the VALUES of each: `least` if that many do."""
     threads = min(MOST, 32 * -(-width // (32 * least)))
     return {"THREADS": threads, "VALUES": -(-width // threads)}
 
