@@ -8,9 +8,8 @@ A frozen head needs no second pass for the gradient of the hidden states, a line
 forward adds up e^z · dz/dx · W beside e^z and divides at the end, and the backward only scales. A head that trains
 needs the probabilities themselves for its own gradient, so its backward computes the chunks again.
 
-With t = tanh(x / c), the softcap c · t and its slope follow from s = 1 / (1 + e^(2x / c)) alone: t = 1 − 2s, so
-e^(c·t − c) = e^(−2c·s) and 1 − t² = 4·(s − s²). Scores are kept in units in which both exponentials are powers of
-two. As c · t − c lies within −2c and 0, a small cap needs no running maximum.
+What happens to a chunk between its two products is `gemma_mlx.ops.head_scores`, and `head_pulls` in the backward of a
+head that trains: one pass each where their kernels run. `gemma_mlx.ops.head_curve` has the softcap.
 
 The target stands apart from the other entries of its row. Then 1 − p of a target that is nearly certain is a sum of
 small numbers and no difference of two near one, in bfloat16 too.
@@ -25,17 +24,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from gemma_mlx.ops.custom import custom_function
 from gemma_mlx.ops.device import on_gpu
+from gemma_mlx.ops.head_curve import Curve, power
+from gemma_mlx.ops.head_pulls import head_pulls
+from gemma_mlx.ops.head_scores import head_scores
 
 CHUNK = {"cpu": (512, 1 << 20), "gpu": (1024, 1 << 23)}
 """Device -> most positions, and most logits, of a chunk; some five float32 arrays of that many logits live at once."""
 
 _LN2 = math.log(2.0)
-_FIXED_RANGE = 100.0
-"""Powers of two down to minus this are added up without a running maximum: float32 has 126."""
 
 Arrays = tuple[mx.array, ...]
 
@@ -117,7 +116,7 @@ def _training(scan: _Scan) -> Callable[..., Any]:
 
     def scores(hidden: mx.array, targets: mx.array, *arrays: mx.array) -> Arrays:
         log_probs, correct, sums = scan.forward(hidden, targets, arrays)
-        return log_probs, correct, scan.reference(sums["top"])[:, 0], scan.mass(sums)[:, 0]
+        return log_probs, correct, scan.curve.reference(sums["top"])[:, 0], scan.mass(sums)[:, 0]
 
     def scores_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         hidden, targets, weight = primals
@@ -146,8 +145,8 @@ class _Rows:
         return mx.dequantize(*self.arrays, group_size=group_size, bits=bits, mode=mode)
 
     def scores(self, x: mx.array) -> mx.array:
-        """x · Wᵀ, float32."""
-        return self._times(x, True).astype(mx.float32)
+        """x · Wᵀ."""
+        return self._times(x, True)
 
     def back(self, g: mx.array) -> mx.array:
         """g · W, float32."""
@@ -160,9 +159,10 @@ class _Rows:
         return mx.quantized_matmul(x, *self.arrays, transpose=transpose, group_size=group_size, bits=bits, mode=mode)
 
 
+RUNNING = ("top", "index", "target", "others")
 Sums = dict[str, mx.array]
-"""Running values of some positions, [n, 1] each: ``top`` score and its ``index``, the ``target``'s score, the sum of
-the ``others``' exponentials; with a gradient also ``moved`` [n, H], the same sum with each one's slope and row."""
+"""Running values of some positions, [n, 1] each: ``RUNNING``, as `head_scores` describes them; with a gradient also
+``moved`` [n, H], the others' sum with each one's slope and row."""
 
 
 class _Scan:
@@ -179,28 +179,8 @@ class _Scan:
         if self.wide and (head.packing or head.arrays[0].dtype != mx.float32):
             rows = min(rows, 4 * chunk[1] // hidden.shape[1])  # converted, they take memory as the logits do
         self.rows = min(head.vocabulary, max(64, rows // 64 * 64))
-        self.scale = (2.0 / head.cap if head.cap else 1.0) / _LN2
-        # Rounded as the chunks see it, so that the target's own logit is off by the same and not by 1e-6 from them.
-        self.reach = float(np.float32(2.0 * head.cap / _LN2)) if head.cap else math.inf
-        self.fixed = self.reach <= _FIXED_RANGE
+        self.curve = Curve(head.cap, prescaled=self.wide)
         self.steepest = 4.0 if head.cap else 1.0
-
-    # --- elementwise
-
-    def power(self, x: mx.array) -> mx.array:
-        """2^x. On a CPU MLX's power takes a third of its exp's time and errs less."""
-        return mx.exp(x * _LN2) if self.on_gpu else mx.power(2.0, x)
-
-    def curve(self, scores: mx.array) -> tuple[mx.array, mx.array | None]:
-        """(log2 of e^logit, or of e^(logit − cap); the cap's slope over ``steepest``, None without a cap)."""
-        if self.head.cap is None:
-            return scores, None
-        s = mx.reciprocal(1.0 + self.power(scores))
-        return s * -self.reach, s - mx.square(s)
-
-    def reference(self, top: mx.array) -> mx.array:
-        """What exponents are measured from: the highest so far, or 0 where all of them fit float32."""
-        return mx.zeros_like(top) if self.fixed else self.curve(top)[0]
 
     # --- the chunks
 
@@ -210,15 +190,12 @@ class _Scan:
 
     def prepared(self, hidden: mx.array) -> list[mx.array]:
         """Hidden states in the products' dtype; scaled to scores already where that rounds nothing to 8 bits."""
-        return self.split(hidden.astype(mx.float32) * self.scale if self.wide else hidden.astype(self.dtype))
+        return self.split(hidden.astype(mx.float32) * self.curve.unit if self.wide else hidden.astype(self.dtype))
 
-    def scores(self, x: mx.array, rows: _Rows) -> mx.array:
-        """Logits before the cap, times ``scale``."""
-        return rows.scores(x) if self.wide else rows.scores(x) * self.scale
-
-    def rounded(self, gradient: mx.array) -> mx.array:
-        """In the products' dtype."""
-        return gradient if self.wide else gradient.astype(self.dtype)
+    @property
+    def rounded(self) -> mx.Dtype:
+        """What gradients of scores are rounded to: the products' dtype."""
+        return mx.float32 if self.wide else self.dtype
 
     def blocks(
         self, arrays: Sequence[mx.array], done: list[mx.array]
@@ -241,45 +218,36 @@ class _Scan:
         xs, wanted = self.prepared(hidden), self.split(targets[:, None])
         sums = [_nothing(len(x), x.shape[1] if gradient else 0) for x in xs]
         done: list[mx.array] = []
-        for start, size, rows in self.blocks(arrays, done):
+        for start, _, rows in self.blocks(arrays, done):
             for i, x in enumerate(xs):
-                scores = self.scores(_after(x, done), rows)
-                sums[i] = self._added(sums[i], scores, _Targets(wanted[i] - start, size), start, rows)
+                sums[i] = self._added(sums[i], rows.scores(_after(x, done)), wanted[i] - start, start, rows)
                 done[:] = sums[i].values()
         total = {name: mx.concatenate([s[name] for s in sums]) for name in sums[0]}
         gap = mx.log(total["others"]) + self._lead(total)
         log_probs = -mx.logaddexp(gap, mx.zeros_like(gap))[:, 0]
         return log_probs, (total["index"][:, 0] == targets).astype(mx.float32), total
 
-    def _added(self, sums: Sums, scores: mx.array, targets: _Targets, start: mx.array, rows: _Rows) -> Sums:
-        """Sums with one chunk of scores added, of which ``rows`` are the rows from ``start`` on."""
-        index = mx.argmax(scores, axis=1, keepdims=True)
-        highest = mx.take_along_axis(scores, index, axis=1)
-        new = {
-            "top": mx.maximum(sums["top"], highest),
-            "index": mx.where(highest > sums["top"], index.astype(mx.int32) + start, sums["index"]),
-            "target": mx.where(targets.inside, targets.of(scores), sums["target"]),
-        }
-        exponents, slopes = self.curve(scores)
-        reference = self.reference(new["top"])
-        masses = targets.replaced(self.power(exponents if self.fixed else exponents - reference), mx.array(0.0))
-        keep = self.power(self.reference(sums["top"]) - reference)
-        new["others"] = sums["others"] * keep + mx.sum(masses, axis=1, keepdims=True)
-        if "moved" in sums:
-            moved = sums["moved"] if self.fixed else sums["moved"] * keep
-            new["moved"] = moved + rows.back(self.rounded(masses if slopes is None else masses * slopes))
+    def _added(self, sums: Sums, products: mx.array, wanted: mx.array, start: mx.array, rows: _Rows) -> Sums:
+        """Sums with one chunk of products added, of which ``rows`` are the rows from ``start`` on."""
+        gradient = self.rounded if "moved" in sums else None
+        made = head_scores(products, wanted, start, *(sums[name] for name in RUNNING), self.curve, gradient)
+        new = dict(zip(RUNNING, made, strict=False))
+        if gradient is not None:
+            keep, pulls = made[len(RUNNING) :]
+            moved = sums["moved"] if self.curve.fixed else sums["moved"] * keep
+            new["moved"] = moved + rows.back(pulls)
         return new
 
     def _lead(self, sums: Sums) -> mx.array:
         """How far the reference lies above the target, as a natural logarithm."""
         if self.head.cap is None:
             return (sums["top"] - sums["target"]) * _LN2
-        target = self.reach * (_LN2 / 2) * (mx.tanh(sums["target"] * (_LN2 / 2)) - 1.0)
-        return self.reference(sums["top"]) * _LN2 - target
+        target = self.curve.reach * (_LN2 / 2) * (mx.tanh(sums["target"] * (_LN2 / 2)) - 1.0)
+        return self.curve.reference(sums["top"]) * _LN2 - target
 
     def mass(self, sums: Sums) -> mx.array:
         """Sum of all exponentials, in units of the reference."""
-        return sums["others"] + self.power(self.curve(sums["target"])[0] - self.reference(sums["top"]))
+        return sums["others"] + power(self.curve(sums["target"])[0] - self.curve.reference(sums["top"]))
 
     # --- gradients
 
@@ -306,30 +274,14 @@ class _Scan:
         for start, size, rows in self.blocks((weight,), done):
             d_rows = mx.zeros((size, weight.shape[1]))
             for i, x in enumerate(xs):
-                exponents, slopes = self.curve(self.scores(_after(x, done), rows))
-                masses = _Targets(wanted[i] - start, size).replaced(self.power(exponents - references[i]), own[i])
-                g = self.rounded((masses if slopes is None else masses * slopes) * factors[i])
+                row = (wanted[i] - start, references[i], own[i], factors[i])
+                g = head_pulls(rows.scores(_after(x, done)), *row, self.curve, self.rounded)
                 d_hidden[i] = d_hidden[i] + rows.back(g)
                 d_rows = d_rows + (g.T @ plain[i]).astype(mx.float32)
                 done[:] = [d_hidden[i], d_rows]
             d_weight.append(d_rows.astype(weight.dtype))
             done[:] = [d_hidden[-1], d_weight[-1]]
         return mx.concatenate(d_hidden).astype(hidden.dtype), mx.concatenate(d_weight)
-
-
-class _Targets:
-    """The targets [n, 1] of some positions, counted from a block's first row, within the block's ``size``."""
-
-    def __init__(self, local: mx.array, size: int):
-        self.inside, self.at = (local >= 0) & (local < size), mx.clip(local, 0, size - 1)
-
-    def of(self, values: mx.array) -> mx.array:
-        """Each row's entry at its target; any entry where the target is elsewhere."""
-        return mx.take_along_axis(values, self.at, axis=1)
-
-    def replaced(self, values: mx.array, new: mx.array) -> mx.array:
-        """``values`` with ``new`` [n, 1] at the targets."""
-        return mx.put_along_axis(values, self.at, mx.where(self.inside, new, self.of(values)), axis=1)
 
 
 def _after(x: mx.array, done: list[mx.array]) -> mx.array:

@@ -7,6 +7,7 @@ import pytest
 
 from gemma_mlx import head_loss
 from gemma_mlx.head_loss import Head, pays, read_head, target_scores
+from gemma_mlx.ops import head_curve
 from gemma_mlx.lanes import shared
 from gemma_mlx.loss import label_scores
 from gemma_mlx.step import can_compile
@@ -124,6 +125,7 @@ def test_no_further_from_float64_than_the_form_with_logits(monkeypatch, certain,
     in bfloat16, since each chunk's product is rounded.
     """
     monkeypatch.setattr(head_loss, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(head_curve, "on_gpu", lambda: gpu)
     hidden, weight, targets, counts = problem(dims=256, spread=0.03)
     if certain:
         targets = np.arange(37).astype(np.int32) * 13
@@ -143,6 +145,7 @@ def test_no_further_from_float64_than_the_form_with_logits(monkeypatch, certain,
 def test_quantized_heads(monkeypatch, bits, gpu):
     """Against float64 over the weights that the packed ones stand for, and against the form with logits."""
     monkeypatch.setattr(head_loss, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(head_curve, "on_gpu", lambda: gpu)
     hidden, weight, targets, counts = problem(dims=64)
     tail = Tail(mx.array(weight), 30.0)
     tail.embed_tokens = tail.embed_tokens.to_quantized(group_size=32, bits=bits)
