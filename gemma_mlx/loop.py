@@ -224,9 +224,10 @@ class Job:
 
     def start(self) -> None:
         """Read the base's weights, go to the newest checkpoint if resuming, create the folder."""
-        mx.eval(self.model.parameters(), self.weights)  # a compiled step would otherwise read them from disk each time
         if self.config.resume:
             self._resume()
+        self.batches.start()  # made while the weights are read
+        mx.eval(self.model.parameters(), self.weights)  # a compiled step would otherwise read them from disk each time
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / CONFIG_FILE, self.config.to_yaml().encode())
         metrics = self.folder / METRICS

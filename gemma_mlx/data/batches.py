@@ -216,8 +216,7 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        if self._planned is None:
-            self._planned = self._plan(self._epoch, self._position)
+        self.start()
         try:
             rows, batch = self._next_ahead() if self.workers else self._next_now()
         except BaseException:
@@ -227,6 +226,13 @@ class Batches:
         if self._position >= len(self.samples):
             self._epoch, self._position = self._epoch + 1, 0
         return batch
+
+    def start(self) -> None:
+        """Begins to read ahead, before the first batch is asked for."""
+        if self._planned is None:
+            self._planned = self._plan(self._epoch, self._position)
+        if self.workers:
+            self._read_ahead()
 
     def _plan(self, epoch: int, position: int) -> Iterator[Rows]:
         """Rows of each batch from there on."""
@@ -246,11 +252,13 @@ class Batches:
         rows = next(self._planned)
         return rows, self._make(rows)
 
-    def _next_ahead(self) -> tuple[Rows, Any]:
+    def _read_ahead(self) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
         while len(self._ahead) <= self.prefetch and (rows := next(self._planned, None)) is not None:
             self._ahead.append((rows, self._pool.submit(self._make, rows)))
+
+    def _next_ahead(self) -> tuple[Rows, Any]:
         if not self._ahead:
             raise StopIteration
         rows, batch = self._ahead.popleft()

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from gemma_mlx.data.mel import Bands
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES, audio_frames, image_size
 
@@ -26,7 +27,11 @@ def _window() -> np.ndarray:
 
 
 @cache
-def _mel_filters() -> np.ndarray:
+def _bands() -> Bands:
+    return Bands(mel_filters())
+
+
+def mel_filters() -> np.ndarray:
     """Triangular filters on the HTK mel scale, 0–8000 Hz, peak 1, float64 [257, 128]. The first one is empty."""
     top = 2595.0 * np.log10(1.0 + 8000.0 / 700.0)
     edges = 700.0 * (10.0 ** (np.linspace(0.0, top, MEL_BINS + 2) / 2595.0) - 1.0)
@@ -67,7 +72,7 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, _FRAME)[::_HOP][:frames]
     # float32 into the FFT and float64 after it: the reference's order, whose rounding shows in quiet bands.
     magnitude = np.abs(np.fft.rfft(windows * _window(), n=_FFT, axis=-1))
-    return np.log(magnitude @ _mel_filters() + _FLOOR).astype(np.float32)
+    return np.log(_bands()(magnitude) + _FLOOR).astype(np.float32)
 
 
 def raw_frames(wave: np.ndarray, samples: int = 640) -> np.ndarray:

@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from gemma_mlx.data.features import check_wave
+from gemma_mlx.data.mel import Bands
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES
 
@@ -27,7 +28,11 @@ def _window() -> np.ndarray:
 
 
 @cache
-def _mel_filters() -> np.ndarray:
+def _bands() -> Bands:
+    return Bands(mel_filters())
+
+
+def mel_filters() -> np.ndarray:
     """Triangular filters on the HTK mel scale, 125–7600 Hz, peak 1, float32 [513, 128]."""
     low, high = (2595.0 * np.log10(1.0 + f / 700.0) for f in (_LOW, _HIGH))
     edges = 700.0 * (10.0 ** (np.linspace(low, high, MEL_BINS + 2) / 2595.0) - 1.0)
@@ -83,7 +88,7 @@ def log_mel(wave: np.ndarray, soft_tokens: int = 188) -> Clip:
     first = windows[:, :1] * (1 - _PREEMPHASIS)
     rest = windows[:, 1:-1] - _PREEMPHASIS * windows[:, :-2]
     spectrum = np.abs(np.fft.rfft(np.concatenate([first, rest], axis=1) * _window(), n=_FFT, axis=-1))
-    bands = spectrum.astype(np.float32) @ _mel_filters()
+    bands = _bands()(spectrum.astype(np.float32))
     return Clip(np.log(np.maximum(bands.astype(np.float64), _FLOOR)).astype(np.float32), len(wave), soft_tokens)
 
 
