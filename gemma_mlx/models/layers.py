@@ -10,6 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from gemma_mlx.ops.clamp import clamp
+from gemma_mlx.ops.norm_residual import norm_residual
+
 
 def unit_range(pixels: mx.array) -> mx.array:
     """uint8 as float32 in [0, 1]; anything else as it is."""
@@ -65,12 +68,21 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.get("weight"), self.eps)
 
+    def onto(self, x: mx.array, residual: mx.array, factor: float = 1.0, scale: mx.array | None = None) -> mx.array:
+        """(residual + factor · norm(x)) · scale: one pass where `norm_residual`'s kernel runs.
+
+        `scale` [1] is read in the dtype of x and has no gradient.
+        """
+        scale = None if scale is None else scale.astype(x.dtype)
+        return norm_residual(x, residual, self.get("weight"), self.eps, factor, scale)
+
 
 class ClippedLinear(BufferModule):
     """y = clamp(W · clamp(x, input_min, input_max), output_min, output_max), without bias.
 
     transformers' ``Gemma4ClippableLinear``: the four bounds are scalars of the checkpoint. An adapter replaces
-    `linear`, so that it sits inside both clamps. Without `clipped` this is a plain linear one level deeper.
+    `linear`, so that it sits inside both clamps. Without `clipped` this is a plain linear one level deeper. Gradients
+    pass on the bounds, as torch's do; where `clamp`'s kernel runs they keep a bit for each value.
 
     Args:
         input_dims, output_dims: sizes of the last axis of x and of y.
@@ -88,10 +100,8 @@ class ClippedLinear(BufferModule):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.clipped:
             return self.linear(x)
-        # Bounds in the dtype of x: a float32 bound would promote a bfloat16 activation.
-        x = mx.clip(x, self.input_min.astype(x.dtype), self.input_max.astype(x.dtype))
-        y = self.linear(x)
-        return mx.clip(y, self.output_min.astype(y.dtype), self.output_max.astype(y.dtype))
+        y = self.linear(clamp(x, self.input_min, self.input_max))
+        return clamp(y, self.output_min, self.output_max)
 
 
 @partial(mx.compile, shapeless=True)

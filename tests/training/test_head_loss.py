@@ -7,9 +7,9 @@ import pytest
 
 from gemma_mlx import head_loss
 from gemma_mlx.head_loss import Head, pays, read_head, target_scores
-from gemma_mlx.ops import head_curve
 from gemma_mlx.lanes import shared
 from gemma_mlx.loss import label_scores
+from gemma_mlx.ops import head_curve
 from gemma_mlx.step import can_compile
 
 torch = pytest.importorskip("torch")

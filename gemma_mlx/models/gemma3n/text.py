@@ -8,7 +8,6 @@ are not computed. Keys and values are explicit, as in Gemma 4's decoder: owners 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +18,15 @@ from gemma_mlx.models.cache import Cache, FullCache, SlidingCache
 from gemma_mlx.models.decoder import MLP, KeysValues, Place, at_labels, rope_periods, rotate, through_layers
 from gemma_mlx.models.label_rows import LabelRows
 from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.ops.altup_correct import altup_correct
+from gemma_mlx.ops.altup_predict import altup_predict
 from gemma_mlx.ops.gated_gelu import gated_gelu
+from gemma_mlx.ops.sparse_gelu import sparse_gelu
 from gemma_mlx.spec_gemma3n import Gemma3nTextSpec
 
+Streams = tuple[mx.array, mx.array]
+"""The residual stream that layers compute [B, T, hidden], and the others [streams − 1, B, T, hidden]: two arrays, since
+the gradient of a slice is as large as what it was cut from."""
 _LEAST_MAGNITUDE = 1e-5
 
 
@@ -75,16 +80,6 @@ class Attention(nn.Module):
         return self.o_proj(where.in_stream(out.swapaxes(1, 2).flatten(2)))
 
 
-def gaussian_top_k(x: mx.array, sparsity: float) -> mx.array:
-    """max(0, x − (mean + z·std)) over the last axis, z the normal quantile of `sparsity`; population std.
-
-    Gradients flow through mean and std: the threshold is a function of the whole row.
-    """
-    mean = mx.mean(x, axis=-1, keepdims=True)
-    std = mx.sqrt(mx.mean(mx.square(x - mean), axis=-1, keepdims=True))
-    return mx.maximum(x - (mean + std * _constant(NormalDist().inv_cdf(sparsity), x)), 0)
-
-
 class SparseMLP(MLP):
     """down(gelu_tanh(top(gate x)) ⊙ up x), where `top` keeps about 1 − sparsity of the values."""
 
@@ -93,10 +88,9 @@ class SparseMLP(MLP):
         self.sparsity = sparsity
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
-        if self.sparsity > 0:
-            gate = gaussian_top_k(gate, self.sparsity)
-        return self.down_proj(gated_gelu(gate, self.up_proj(x)))
+        if self.sparsity <= 0:
+            return super().__call__(x)
+        return self.down_proj(sparse_gelu(self.gate_proj(x), self.up_proj(x), self.sparsity))
 
 
 class Laurel(nn.Module):
@@ -109,7 +103,7 @@ class Laurel(nn.Module):
         self.post_laurel_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.post_laurel_norm(self.linear_right(self.linear_left(x)))
+        return self.post_laurel_norm.onto(self.linear_right(self.linear_left(x)), x)
 
 
 class AltUp(nn.Module):
@@ -143,17 +137,15 @@ class AltUp(nn.Module):
         x = self.router_norm(x)
         return mx.tanh(self.modality_router(x * _constant(self._scale, x)).astype(mx.float32)).astype(x.dtype)
 
-    def predict(self, streams: mx.array) -> mx.array:
-        """[streams, B, T, hidden] -> the same, each stream plus a mix of all."""
+    def predict(self, streams: Streams) -> Streams:
+        """Each stream plus a mix of all."""
         mix = self._coefficients(self.prediction_coefs, self._modalities(streams[0]), through=True)
         mix = mix.reshape(*mix.shape[:-1], self.streams, self.streams)  # [B, T, to, from]
-        added = mix @ streams.transpose(1, 2, 0, 3)
-        return streams + added.transpose(2, 0, 1, 3)
+        return altup_predict(*streams, mix)
 
-    def correct(self, predicted: mx.array, activated: mx.array) -> mx.array:
-        """Every stream plus its share of what `activated` [B, T, hidden] adds to the prediction of the active one."""
-        shares = self._coefficients(self.correction_coefs, self._modalities(activated), through=False) + 1
-        return predicted + shares.transpose(2, 0, 1)[..., None] * (activated - predicted[0])
+    def shares(self, activated: mx.array) -> mx.array:
+        """[B, T, streams]: the share of each stream in what the layer's result adds to the active one's prediction."""
+        return self._coefficients(self.correction_coefs, self._modalities(activated), through=False) + 1
 
 
 class DecoderLayer(nn.Module):
@@ -177,14 +169,14 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self,
-        streams: mx.array,
+        streams: Streams,
         per_layer_input: mx.array,
         where: Place,
         kv: KeysValues | None = None,
         cache: SlidingCache | FullCache | None = None,
         picked: Place | None = None,
-    ) -> tuple[mx.array, KeysValues]:
-        """One layer over streams [streams, B, T, hidden].
+    ) -> tuple[Streams, KeysValues]:
+        """One layer over all streams.
 
         Args:
             per_layer_input: [B, T, hidden_size_per_layer_input], this layer's; added to all streams but the first.
@@ -195,24 +187,24 @@ class DecoderLayer(nn.Module):
         Returns:
             The new streams, and the keys and values that were attended to.
         """
-        predicted = self.altup.predict(streams)
-        normed = self.input_layernorm(predicted[0])
+        active, rest = self.altup.predict(streams)
+        normed = self.input_layernorm(active)
         if kv is None:
             kv = self.self_attn.keys_values(normed, where)
             if cache is not None:
                 kv = cache.update(*kv)
         if picked is not None:
-            where, predicted, normed, per_layer_input = picked, *map(picked.pick, (predicted, normed, per_layer_input))
-        x = predicted[0] + self.post_attention_layernorm(self.self_attn(normed, kv, where))
+            active, rest, normed, per_layer_input = map(picked.pick, (active, rest, normed, per_layer_input))
+            where = picked
+        x = self.post_attention_layernorm.onto(self.self_attn(normed, kv, where), active)
         x = (x + self.laurel(normed)) / math.sqrt(2)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        corrected = self.altup.correct(predicted, x)
-        first = corrected[0]
-        if self.correct_scale:
-            first = first * self.altup.correct_output_scale.astype(first.dtype)
-        gated = gated_gelu(self.per_layer_input_gate(first), per_layer_input)
+        x = self.post_feedforward_layernorm.onto(self.mlp(self.pre_feedforward_layernorm(x)), x)
+        shares = self.altup.shares(x)
+        first = active + shares[..., :1] * (x - active)
+        scaled = first * self.altup.correct_output_scale.astype(first.dtype) if self.correct_scale else first
+        gated = gated_gelu(self.per_layer_input_gate(scaled), per_layer_input)
         added = self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return mx.concatenate([corrected[:1], corrected[1:] + added]), kv
+        return (first, altup_correct(active, rest, x, shares[..., 1:], added)), kv
 
 
 class TextModel(TiedDecoder):
@@ -275,13 +267,14 @@ class TextModel(TiedDecoder):
         x = self.norm(self.gather(streams))
         return x if labels is None else x[0]
 
-    def spread(self, x: mx.array) -> mx.array:
-        """[B, T, hidden] -> streams [streams, B, T, hidden]: itself, and projections of the same magnitude."""
+    def spread(self, x: mx.array) -> Streams:
+        """[B, T, hidden] -> streams: itself, and projections of the same magnitude."""
         target = mx.sqrt(_mean_square(x))
-        return mx.stack([x, *(rescaled(project(x), target) for project in self.altup_projections)])
+        return x, mx.stack([rescaled(project(x), target) for project in self.altup_projections])
 
-    def gather(self, streams: mx.array) -> mx.array:
+    def gather(self, streams: Streams) -> mx.array:
         """Streams -> [B, T, hidden]: the mean of the first and of projections of the others in its magnitude."""
-        target = mx.sqrt(_mean_square(streams[0]))
-        pairs = zip(self.altup_unembed_projections, streams[1:], strict=True)
-        return mx.mean(mx.stack([streams[0], *(rescaled(project(s), target) for project, s in pairs)]), axis=0)
+        first, others = streams
+        target = mx.sqrt(_mean_square(first))
+        pairs = zip(self.altup_unembed_projections, others, strict=True)
+        return mx.mean(mx.stack([first, *(rescaled(project(s), target) for project, s in pairs)]), axis=0)

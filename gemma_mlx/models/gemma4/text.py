@@ -262,12 +262,12 @@ class DecoderLayer(BufferModule):
                 kv = cache.update(*kv)
         if picked is not None:
             where, x, normed, per_layer_input = picked, *map(picked.pick, (x, normed, per_layer_input))
-        x = x + self.post_attention_layernorm(self.self_attn(normed, kv, where))
-        x = x + self.post_feedforward_layernorm(self._feed_forward(x))
-        if per_layer_input is not None:
-            gated = gated_gelu(self.per_layer_input_gate(x), per_layer_input)
-            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return x * self.layer_scalar.astype(x.dtype), kv
+        x = self.post_attention_layernorm.onto(self.self_attn(normed, kv, where), x)
+        if per_layer_input is None:
+            return self.post_feedforward_layernorm.onto(self._feed_forward(x), x, scale=self.layer_scalar), kv
+        x = self.post_feedforward_layernorm.onto(self._feed_forward(x), x)
+        gated = gated_gelu(self.per_layer_input_gate(x), per_layer_input)
+        return self.post_per_layer_input_norm.onto(self.per_layer_projection(gated), x, scale=self.layer_scalar), kv
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         """The MLP; where there are experts, plus what those give whom the router picks by the stream itself."""
@@ -275,7 +275,7 @@ class DecoderLayer(BufferModule):
         if "experts" not in self:
             return dense
         chosen = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(chosen)
+        return self.post_feedforward_layernorm_1.onto(dense, self.post_feedforward_layernorm_2(chosen))
 
 
 def through_layers(
