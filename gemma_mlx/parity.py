@@ -299,8 +299,11 @@ def _recorded(decoder: Any, found: Trace) -> Iterator[None]:
         decoder.layers = layers
 
 
-def _host(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32))
+def _host(x: mx.array | tuple[mx.array, mx.array]) -> np.ndarray:
+    """A hidden state; Gemma 3n's streams, which come as the active one and the others, as one array."""
+    if isinstance(x, tuple):
+        x = mx.concatenate([x[0][None], x[1]])
+    return np.array(x.astype(mx.float32))
 
 
 def loss_of(sample: Sample, found: Trace) -> float | None:

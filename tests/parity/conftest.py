@@ -16,6 +16,16 @@ TABLE: list[tuple[str, str, float, float]] = []
 """(what, case, floor of the reference or NaN where none was measured, difference of ours)."""
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes of pytest-xdist
+        session.config.workeroutput["parity"] = TABLE
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TABLE.extend(tuple(row) for row in getattr(node, "workeroutput", {}).get("parity", []))
+
+
 def pytest_terminal_summary(terminalreporter):
     if not TABLE:
         return
@@ -28,7 +38,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{what}: {ours:.1e} at {case!r}{floors}")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small_blocks():
     """Attention in several blocks of queries already in these short rows."""
     device = mx.default_device().type.name
