@@ -4,7 +4,7 @@
 // Output: out, as rest, of T. Template: T, OTHERS, THREADS, VALUES (a thread's, THREADS * VALUES >= width).
 // Grid: a group of THREADS for each token.
 const uint token = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(active_shape[1]);
 const uint plane = uint(active_shape[0]) * width;
 float share[OTHERS];
@@ -12,7 +12,7 @@ for (uint j = 0; j < OTHERS; ++j) {
   share[j] = static_cast<float>(shares[token * OTHERS + j]);
 }
 for (uint v = 0; v < VALUES; ++v) {
-  const uint column = thread + v * THREADS;
+  const uint column = lid + v * THREADS;
   if (column < width) {
     const uint at = token * width + column;
     const float gained = static_cast<float>(activated[at]) - static_cast<float>(active[at]);

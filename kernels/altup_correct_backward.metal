@@ -4,7 +4,7 @@
 // Template and grid as the forward's.
 threadgroup float partial[OTHERS * 32];
 const uint token = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(active_shape[1]);
 const uint plane = uint(active_shape[0]) * width;
 float share[OTHERS];
@@ -14,7 +14,7 @@ for (uint j = 0; j < OTHERS; ++j) {
   dots[j] = 0.0f;
 }
 for (uint v = 0; v < VALUES; ++v) {
-  const uint column = thread + v * THREADS;
+  const uint column = lid + v * THREADS;
   if (column < width) {
     const uint at = token * width + column;
     const float gained = static_cast<float>(activated[at]) - static_cast<float>(active[at]);
@@ -38,10 +38,10 @@ for (uint j = 0; j < OTHERS; ++j) {
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-if (thread < OTHERS) {
+if (lid < OTHERS) {
   float sum = 0.0f;
   for (uint s = 0; s < THREADS / 32; ++s) {
-    sum += partial[thread * 32 + s];
+    sum += partial[lid * 32 + s];
   }
-  d_shares[token * OTHERS + thread] = sum;
+  d_shares[token * OTHERS + lid] = sum;
 }

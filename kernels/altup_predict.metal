@@ -5,7 +5,7 @@
 //   VALUES >= width). Grid: a group of THREADS for each token.
 // Replaces two transposed copies, a batched product of 4 x 4 matrices and a sum: 2 streams moved for each, not 7.
 const uint token = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(first_shape[1]);
 const uint plane = uint(first_shape[0]) * width;
 float mixed[STREAMS * STREAMS];
@@ -13,7 +13,7 @@ for (uint k = 0; k < STREAMS * STREAMS; ++k) {
   mixed[k] = static_cast<float>(mix[token * (STREAMS * STREAMS) + k]);
 }
 for (uint v = 0; v < VALUES; ++v) {
-  const uint column = thread + v * THREADS;
+  const uint column = lid + v * THREADS;
   if (column < width) {
     const uint at = token * width + column;
     float streams[STREAMS];

@@ -3,7 +3,7 @@
 // Outputs: d_first, d_others of T; d_mix float [tokens, STREAMS, STREAMS]. Template and grid as the forward's.
 threadgroup float partial[STREAMS * STREAMS * 32];
 const uint token = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(first_shape[1]);
 const uint plane = uint(first_shape[0]) * width;
 float mixed[STREAMS * STREAMS];
@@ -13,7 +13,7 @@ for (uint k = 0; k < STREAMS * STREAMS; ++k) {
   dots[k] = 0.0f;
 }
 for (uint v = 0; v < VALUES; ++v) {
-  const uint column = thread + v * THREADS;
+  const uint column = lid + v * THREADS;
   if (column < width) {
     const uint at = token * width + column;
     float streams[STREAMS];
@@ -45,10 +45,10 @@ for (uint k = 0; k < STREAMS * STREAMS; ++k) {
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-if (thread < STREAMS * STREAMS) {
+if (lid < STREAMS * STREAMS) {
   float sum = 0.0f;
   for (uint s = 0; s < THREADS / 32; ++s) {
-    sum += partial[thread * 32 + s];
+    sum += partial[lid * 32 + s];
   }
-  d_mix[token * (STREAMS * STREAMS) + thread] = sum;
+  d_mix[token * (STREAMS * STREAMS) + lid] = sum;
 }

@@ -12,7 +12,7 @@ threadgroup float tops[32];
 threadgroup float places[32];
 threadgroup float sums[32];
 const uint row = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 const uint columns = uint(scores_shape[1]);
@@ -23,7 +23,7 @@ const int own = wanted[row];
 float best = -3.0e38f;
 uint place = 0;
 float sum = 0.0f;
-for (uint column = thread; column < columns; column += THREADS) {
+for (uint column = lid; column < columns; column += THREADS) {
   const float score = static_cast<float>(scores[base + column]) * scale;
   if (score > best) {
     best = score;
@@ -47,7 +47,7 @@ float kept = 1.0f;
 if (!FIXED) {
   const float reference = exponent_of(now, CAPPED, reach);
   kept = before < -3.0e38f ? 0.0f : power_of_two(exponent_of(before, CAPPED, reach) - reference);
-  for (uint column = thread; column < columns; column += THREADS) {
+  for (uint column = lid; column < columns; column += THREADS) {
     const float score = static_cast<float>(scores[base + column]) * scale;
     const float mass = int(column) == own ? 0.0f : power_of_two(exponent_of(score, CAPPED, reach) - reference);
     sum += mass;
@@ -58,7 +58,7 @@ if (!FIXED) {
   }
 }
 sum = group_sum(sum, sums, lane, simd, THREADS / 32);
-if (thread == 0) {
+if (lid == 0) {
   new_top[row] = now;
   new_index[row] = highest > before ? int(earliest) + start[0] : index[row];
   new_target[row] = own >= 0 && own < int(columns) ? static_cast<float>(scores[base + uint(own)]) * scale : target[row];

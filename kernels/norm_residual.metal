@@ -7,13 +7,13 @@
 // Replaces norm, product, sum and product: 3 values moved for each, not 5 to 9.
 threadgroup float partial[32];
 const uint row = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(x_shape[1]);
 const uint base = row * width;
 float values[VALUES];
 float squares = 0.0f;
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   values[j] = 0.0f;
   if (i < width) {
     values[j] = static_cast<float>(x[base + i]);
@@ -23,7 +23,7 @@ for (uint j = 0; j < VALUES; ++j) {
 squares = group_sum(squares, partial, thread_index_in_simdgroup, simdgroup_index_in_threadgroup, THREADS / 32);
 const float inverse = metal::rsqrt(squares / float(width) + constants[0]);
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   if (i < width) {
     float y = values[j] * inverse * constants[1];
     if (WEIGHTED) {
@@ -36,6 +36,6 @@ for (uint j = 0; j < VALUES; ++j) {
     out[base + i] = static_cast<T>(y);
   }
 }
-if (thread == 0) {
+if (lid == 0) {
   inverses[row] = inverse;
 }

@@ -5,7 +5,7 @@
 // Template and grid as the forward's.
 threadgroup float partial[32];
 const uint row = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(x_shape[1]);
 const uint base = row * width;
 const float inverse = inverses[row];
@@ -13,7 +13,7 @@ float values[VALUES];
 float pulls[VALUES];
 float dot = 0.0f;
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   values[j] = 0.0f;
   pulls[j] = 0.0f;
   if (i < width) {
@@ -34,7 +34,7 @@ for (uint j = 0; j < VALUES; ++j) {
 dot = group_sum(dot, partial, thread_index_in_simdgroup, simdgroup_index_in_threadgroup, THREADS / 32);
 const float along = dot * inverse * inverse / float(width);
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   if (i < width) {
     d_x[base + i] = static_cast<T>(inverse * (pulls[j] - values[j] * along));
   }

@@ -3,7 +3,7 @@
 // Outputs: d_gate, d_x [rows, width] of T. Template and grid as the forward's.
 threadgroup float sums[32];
 const uint row = threadgroup_position_in_grid.x;
-const uint thread = thread_position_in_threadgroup.x;
+const uint lid = thread_position_in_threadgroup.x;
 const uint width = uint(gate_shape[1]);
 const uint base = row * width;
 const float mean = means[row];
@@ -13,7 +13,7 @@ float values[VALUES];
 float pulls[VALUES];
 float sum = 0.0f;
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   values[j] = 0.0f;
   pulls[j] = 0.0f;
   if (i < width) {
@@ -34,7 +34,7 @@ sum = group_sum(sum, sums, thread_index_in_simdgroup, simdgroup_index_in_threadg
 const float even = sum / float(width);
 const float slope = deviation > 0.0f ? quantile[0] * even / deviation : 0.0f;
 for (uint j = 0; j < VALUES; ++j) {
-  const uint i = thread + j * THREADS;
+  const uint i = lid + j * THREADS;
   if (i < width) {
     d_gate[base + i] = static_cast<T>(pulls[j] - even - slope * (values[j] - mean));
   }

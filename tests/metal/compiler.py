@@ -1,0 +1,111 @@
+"""Clang from PyPI's ziglang, called without zig's own driver, and a cache of what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from metal.fault import Fault
+
+HERE = Path(__file__).parent
+PRELUDE = ("metal.h", "lanes.h", "atomics.h", "entry.h", "runtime.h")
+RUNTIME = ("runtime.cpp", "runtime.h", "memory.h", "fibers.h", "callbacks.h")
+COMMON = (
+    "--target=x86_64-linux-gnu", "-march=x86-64-v3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
+    "-fno-rtti", "-nostdinc", "-ffreestanding", "-fno-stack-protector", "-fno-threadsafe-statics", "-fno-math-errno",
+    "-g1", "-I", str(HERE),
+)  # fmt: skip
+UNDEFINED = "bounds,local-bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,alignment"
+CHECKED = (
+    "-O1", "-fsanitize=kernel-memory", "-fno-sanitize-memory-param-retval", "-mllvm", "-msan-track-origins=0",
+    f"-fsanitize={UNDEFINED}",
+)  # fmt: skip
+UNCHECKED = ("-O2",)
+SPACES = ("-fsyntax-only", "-DCHECK_ADDRESS_SPACES")
+WARNINGS = (
+    "-Wno-everything", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
+    "-Werror=array-bounds", "-Werror=division-by-zero", "-Werror=shift-count-overflow",
+    "-Werror=shift-count-negative",
+)  # fmt: skip
+
+
+@cache
+def zig() -> str:
+    """The compiler. Tests need it: one that is missing fails them."""
+    try:
+        import ziglang
+    except ImportError:
+        raise RuntimeError("no compiler for the Metal emulator: pip install ziglang (in gemma-mlx[test])") from None
+    return str(Path(ziglang.__file__).parent / "zig")
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("GEMMA_MLX_EMULATOR_CACHE") or Path(tempfile.gettempdir()) / f"gemma_mlx_emulator_{os.getuid()}"
+    folder = Path(base)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_clang(arguments: list[str], stdin: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([zig(), "clang", *arguments], input=stdin, capture_output=True, text=True)
+
+
+@cache
+def _texts(files: tuple[str, ...]) -> str:
+    return "\n".join((HERE / file).read_text(encoding="utf-8") for file in files) + repr(os.stat(zig()).st_size)
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _shared_object(path: Path, text: str, flags: tuple[str, ...], of: str) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "made.o", Path(folder) / "made.so"
+        done = run_clang([*COMMON, *flags, "-x", "c++", "-c", "-", "-o", str(made)], text)
+        if done.returncode:
+            raise _compile_fault(done.stderr, of)
+        subprocess.run([zig(), "ld.lld", "-shared", str(made), "-o", str(linked)], check=True)
+        os.replace(linked, path)
+
+
+_KINDS = {"address space": "address-space", "uninitialized": "uninitialised", "shift count": "shift"}
+
+
+def _compile_fault(messages: str, of: str) -> Fault:
+    found = re.search(r"^([^:\n]+):(\d+):\d+: (?:fatal )?error: (.*)$", messages, re.MULTILINE)
+    if not found:
+        return Fault("compile", of, 0, messages.strip())
+    file, line, message = found.groups()
+    kind = next((k for part, k in _KINDS.items() if part in message), "compile")
+    kind = "division-by-zero" if "by zero" in message else "out-of-bounds" if "array index" in message else kind
+    return Fault(kind, file, int(line), message)
+
+
+def runtime_library() -> Path:
+    path = cache_folder() / f"runtime_{_key(_texts(RUNTIME), COMMON)}.so"
+    if not path.exists():
+        _shared_object(path, '#include "runtime.cpp"\n', ("-O2", "-fno-builtin"), "runtime.cpp")
+    return path
+
+
+def kernel_library(text: str, name: str, checks: bool) -> Path:
+    """The kernel's shared object.
+
+    Raises:
+        Fault: "address-space", "uninitialised", "compile" … : what clang says of the text.
+    """
+    flags = (*WARNINGS, *(CHECKED if checks else UNCHECKED))
+    path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SPACES)}.so"
+    if not path.exists():
+        if checks:
+            done = run_clang([*COMMON, *WARNINGS, *SPACES, "-x", "c++", "-"], text)
+            if done.returncode:
+                raise _compile_fault(done.stderr, name)
+        _shared_object(path, text, flags, name)
+    return path

@@ -1,0 +1,141 @@
+// Metal Shading Language 3.1 as C++ that clang compiles for the CPU: the part of it that kernels here use.
+//
+// With CHECK_ADDRESS_SPACES pointers carry their address space, and mixing them up does not compile; that form is never
+// run, since clang instruments only plain pointers.
+#pragma once
+#include "runtime.h"
+
+using uint = unsigned int;
+using ushort = unsigned short;
+using uchar = unsigned char;
+using ulong = unsigned long;
+using uint8_t = unsigned char;
+using int8_t = signed char;
+using uint16_t = unsigned short;
+using int16_t = short;
+using uint32_t = unsigned int;
+using int32_t = int;
+using uint64_t = unsigned long;
+using int64_t = long;
+using size_t = unsigned long;
+using half = _Float16;
+using float16_t = _Float16;
+using bfloat = __bf16;
+using bfloat16_t = __bf16;
+
+#define EMULATED_TYPE(...) __VA_ARGS__
+#ifdef CHECK_ADDRESS_SPACES
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+#define threadgroup __attribute__((address_space(3)))
+#define EMULATED_ARRAY(NAME, ELEMENT, SIZES, ID) static threadgroup EMULATED_TYPE ELEMENT NAME SIZES
+#define EMULATED_VALUE(NAME, ELEMENT, ID) static threadgroup EMULATED_TYPE ELEMENT NAME
+#else
+#define device
+#define constant
+#define threadgroup
+#define EMULATED_ARRAY(NAME, ELEMENT, SIZES, ID)                                                        \
+  using NAME##_element = EMULATED_TYPE ELEMENT;                                                         \
+  using NAME##_array = NAME##_element SIZES;                                                            \
+  NAME##_array& NAME = *static_cast<NAME##_array*>(                                                     \
+      emulated_threadgroup(ID, sizeof(NAME##_array), sizeof(NAME##_element), #NAME, __FILE__, __LINE__))
+#define EMULATED_VALUE(NAME, ELEMENT, ID)                                                               \
+  using NAME##_element = EMULATED_TYPE ELEMENT;                                                         \
+  NAME##_element& NAME = *static_cast<NAME##_element*>(                                                 \
+      emulated_threadgroup(ID, sizeof(NAME##_element), sizeof(NAME##_element), #NAME, __FILE__, __LINE__))
+#endif
+#define thread
+
+#define EMULATED_VECTORS(T)                                       \
+  typedef T T##2 __attribute__((ext_vector_type(2)));             \
+  typedef T T##3 __attribute__((ext_vector_type(3)));             \
+  typedef T T##4 __attribute__((ext_vector_type(4)));
+EMULATED_VECTORS(float)
+EMULATED_VECTORS(half)
+EMULATED_VECTORS(int)
+EMULATED_VECTORS(uint)
+EMULATED_VECTORS(short)
+EMULATED_VECTORS(ushort)
+EMULATED_VECTORS(char)
+EMULATED_VECTORS(uchar)
+EMULATED_VECTORS(long)
+EMULATED_VECTORS(ulong)
+
+enum class mem_flags { mem_none = 0, mem_threadgroup = 1, mem_device = 2, mem_threadgroup_and_device = 3 };
+constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
+enum memory_order { memory_order_relaxed };
+
+#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATED_INLINE inline __attribute__((always_inline))
+
+namespace metal {
+using ::bfloat;
+using ::half;
+using ::mem_flags;
+using ::memory_order;
+
+template <bool B, typename T = void> struct enable_if {};
+template <typename T> struct enable_if<true, T> { using type = T; };
+template <bool B, typename T = void> using enable_if_t = typename enable_if<B, T>::type;
+template <typename A, typename B> inline constexpr bool is_same_v = false;
+template <typename A> inline constexpr bool is_same_v<A, A> = true;
+
+// float32 functions; half and bfloat are computed in float32 and rounded, as Metal's are.
+#define EMULATED_UNARY(NAME, BUILTIN)                                                       \
+  EMULATED_INLINE float NAME(float x) { return BUILTIN(x); }                                \
+  EMULATED_INLINE half NAME(half x) { return static_cast<half>(BUILTIN(static_cast<float>(x))); } \
+  EMULATED_INLINE bfloat NAME(bfloat x) { return static_cast<bfloat>(BUILTIN(static_cast<float>(x))); }
+EMULATED_UNARY(exp, __builtin_expf)
+EMULATED_UNARY(exp2, __builtin_exp2f)
+EMULATED_UNARY(log, __builtin_logf)
+EMULATED_UNARY(log2, __builtin_log2f)
+EMULATED_UNARY(tanh, __builtin_tanhf)
+EMULATED_UNARY(sqrt, __builtin_sqrtf)
+EMULATED_UNARY(floor, __builtin_floorf)
+EMULATED_UNARY(ceil, __builtin_ceilf)
+EMULATED_UNARY(round, __builtin_roundf)
+EMULATED_UNARY(rint, __builtin_rintf)
+EMULATED_UNARY(trunc, __builtin_truncf)
+EMULATED_UNARY(fabs, __builtin_fabsf)
+EMULATED_UNARY(sin, __builtin_sinf)
+EMULATED_UNARY(cos, __builtin_cosf)
+EMULATED_INLINE float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+EMULATED_INLINE float pow(float x, float y) { return __builtin_powf(x, y); }
+EMULATED_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+EMULATED_INLINE bool isnan(float x) { return x != x; }
+template <typename T> EMULATED_INLINE T abs(T x) { return x < T(0) ? T(-x) : x; }
+template <typename T> EMULATED_INLINE T min(T a, T b) { return b < a ? b : a; }
+template <typename T> EMULATED_INLINE T max(T a, T b) { return a < b ? b : a; }
+EMULATED_INLINE float min(float a, float b) { return __builtin_fminf(a, b); }
+EMULATED_INLINE float max(float a, float b) { return __builtin_fmaxf(a, b); }
+template <typename T> EMULATED_INLINE T clamp(T x, T low, T high) { return min(max(x, low), high); }
+template <typename T> EMULATED_INLINE T select(T a, T b, bool second) { return second ? b : a; }
+namespace fast { using metal::exp; using metal::tanh; using metal::log; using metal::rsqrt; using metal::exp2; }
+namespace precise { using metal::exp; using metal::tanh; using metal::log; using metal::rsqrt; using metal::sqrt; }
+EMULATED_INLINE uint popcount(uint x) { return uint(__builtin_popcount(x)); }
+
+inline void threadgroup_barrier(mem_flags flags, EMULATED_PLACE) { emulated_barrier(0, int(flags), file, line); }
+inline void simdgroup_barrier(mem_flags flags, EMULATED_PLACE) { emulated_barrier(1, int(flags), file, line); }
+
+}  // namespace metal
+
+#include "lanes.h"
+#include "atomics.h"
+
+using namespace metal;
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define M_PI_F 3.14159274101257324219f
+
+// elem_to_loc of MLX's utilities: where element `elem` of an array of that shape lies, by its strides.
+template <typename Shape, typename Strides>
+inline size_t elem_to_loc(uint elem, Shape shape, Strides strides, int ndim) {
+  size_t loc = 0;
+  for (int i = ndim - 1; i >= 0 && elem > 0; --i) {
+    loc += (elem % uint(shape[i])) * size_t(strides[i]);
+    elem /= uint(shape[i]);
+  }
+  return loc;
+}
+
+#include "entry.h"
