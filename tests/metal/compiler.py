@@ -45,8 +45,9 @@ def zig() -> str:
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("GEMMA_MLX_EMULATOR_CACHE") or Path(tempfile.gettempdir()) / f"gemma_mlx_emulator_{os.getuid()}"
-    folder = Path(base)
+    """Compiled objects, kept between runs; ``GEMMA_MLX_EMULATOR_CACHE`` moves it."""
+    given = os.environ.get("GEMMA_MLX_EMULATOR_CACHE")
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"gemma_mlx_emulator_{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -126,7 +126,8 @@ class Emulator:
         """
         threads = int(np.prod(launch.threadgroup))
         if not 0 < threads <= MOST_THREADS:
-            raise Fault("threads", f"{launch.kernel.name}.metal", 0, f"{threads} threads in a group; 1 to {MOST_THREADS}")
+            message = f"{threads} threads in a group; there are 1 to {MOST_THREADS}"
+            raise Fault("threads", f"{launch.kernel.name}.metal", 0, message)
         made = source(launch)
         path = kernel_library(translation_unit(launch, made), launch.kernel.name, self.checks)
         library = _runtime(runtime_library())

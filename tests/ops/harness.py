@@ -1,129 +1,160 @@
-"""An op with its kernels in the emulator, against the same formula in torch's float64.
-
-Tolerances are largest differences relative to the largest value of each array: 1e-5 in float32, 2e-3 in float16, 1e-2
-in bfloat16.
-"""
+"""Ops with their kernels emulated, against float64."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import torch
+from metal.emulator import Emulator
 
 from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.registry import Op
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "metal"))
-
-from emulator import SCHEDULES, Emulator
-
+SCHEDULES = ("fifo", "lifo", "random")
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
+"""Of the largest absolute value of a result."""
 DTYPES = tuple(TOLERANCE)
-NAMES = tuple(str(d).rsplit(".", 1)[-1] for d in DTYPES)
 
 
-def arrays(seed: int, dtype: mx.Dtype, *shapes: tuple[int, ...], size: float = 1.0) -> list[mx.array]:
-    """Normal values."""
-    random = np.random.default_rng(seed)
-    return [mx.array((size * random.standard_normal(shape)).astype(np.float32)).astype(dtype) for shape in shapes]
+def flat(made: Any) -> list:
+    return list(made) if isinstance(made, (list, tuple)) else [made]
 
 
-def exact(x: Any) -> Any:
-    """An array in torch's float64 (integers as they are); anything else as it is."""
-    if not isinstance(x, mx.array):
-        return x
-    if x.dtype in (mx.bfloat16, mx.float16, mx.float32):
-        return torch.tensor(np.array(x.astype(mx.float32)), dtype=torch.float64)
-    return torch.tensor(np.array(x))
+def numbers(array: mx.array) -> np.ndarray:
+    """float64."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array).astype(np.float64)
 
 
-def listed(x: Any) -> list:
-    return list(x) if isinstance(x, (list, tuple)) else [x]
+def _given(argument: Any, dtype: mx.Dtype) -> Any:
+    if isinstance(argument, np.ndarray) and argument.dtype.kind == "f":
+        return mx.array(argument.astype(np.float32)).astype(dtype)
+    return mx.array(argument) if isinstance(argument, np.ndarray) else argument
 
 
-def cotangents_of(outputs: Sequence[mx.array], seed: int) -> list[mx.array]:
-    random = np.random.default_rng(seed + 1)
-    return [mx.array(random.standard_normal(o.shape).astype(np.float32)).astype(o.dtype) for o in outputs]
+def _exact(given: Any, differentiated: bool) -> Any:
+    if not isinstance(given, mx.array):
+        return given
+    if not mx.issubdtype(given.dtype, mx.floating):
+        return torch.tensor(np.array(given))
+    return torch.tensor(numbers(given), requires_grad=differentiated)
 
 
-def ours(function: Callable, arguments: Sequence, wrt: Sequence[int], seed: int) -> tuple[list, list, list]:
-    """(outputs, cotangents, gradients) of `function`, on whatever backend is in use."""
+def cotangents_for(outputs: Sequence[mx.array]) -> list[mx.array]:
+    return [mx.random.normal(a.shape, key=mx.random.key(7 + i)).astype(a.dtype) for i, a in enumerate(outputs)]
 
-    def of_chosen(*chosen: mx.array) -> list[mx.array]:
-        given = list(arguments)
-        for i, x in zip(wrt, chosen, strict=True):
-            given[i] = x
-        return listed(function(*given))
 
-    if not wrt:
-        return of_chosen(), [], []
-    chosen = [arguments[i] for i in wrt]
-    outputs = of_chosen(*chosen)
-    cotangents = cotangents_of(outputs, seed)
-    outputs, gradients = mx.vjp(of_chosen, chosen, cotangents)
+def emulated(
+    function: Callable, given: Sequence[Any], wrt: Sequence[int], emulator: Emulator
+) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+    """(outputs, cotangents, gradients of the arguments `wrt`), with kernels on the emulator.
+
+    Only floating outputs have cotangents, all random.
+    """
+
+    def of(*arrays: mx.array) -> list[mx.array]:
+        arguments = list(given)
+        for i, array in zip(wrt, arrays, strict=True):
+            arguments[i] = array
+        return flat(function(*arguments))
+
+    with dispatch.using(emulator):
+        outputs = of(*(given[i] for i in wrt))
+        mx.eval(outputs)
+        floats = [i for i, a in enumerate(outputs) if mx.issubdtype(a.dtype, mx.floating)]
+        cotangents = cotangents_for([outputs[i] for i in floats])
+        gradients = []
+        if wrt:
+            _, gradients = mx.vjp(lambda *a: [of(*a)[i] for i in floats], [given[i] for i in wrt], cotangents)
+            mx.eval(gradients)
     return outputs, cotangents, gradients
 
 
-def theirs(oracle: Callable, arguments: Sequence, wrt: Sequence[int], cotangents: Sequence) -> tuple[list, list]:
-    """(outputs, gradients) of the formula in torch."""
-    given = [exact(a) for a in arguments]
-    for i in wrt:
-        given[i].requires_grad_(True)
-    outputs = listed(oracle(*given))
-    if not wrt:
-        return outputs, []
-    sum((o * exact(c)).sum() for o, c in zip(outputs, cotangents, strict=True)).backward()
-    return outputs, [torch.zeros_like(given[i]) if given[i].grad is None else given[i].grad for i in wrt]
+def exactly(
+    oracle: Callable, given: Sequence[Any], wrt: Sequence[int], cotangents: Sequence[mx.array]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(outputs, gradients) of `oracle`, torch in float64, for the same (rounded) arguments and cotangents."""
+    arguments = [_exact(a, i in wrt) for i, a in enumerate(given)]
+    outputs = flat(oracle(*arguments))
+    floats = [a for a in outputs if a.dtype.is_floating_point]
+    gradients = []
+    if wrt:
+        gradients = torch.autograd.grad(
+            [a for a in floats if a.requires_grad], [arguments[i] for i in wrt],
+            [torch.tensor(numbers(c)) for c, a in zip(cotangents, floats, strict=True) if a.requires_grad],
+        )  # fmt: skip
+    return [a.detach().double().numpy() for a in outputs], [a.numpy() for a in gradients]
 
 
-def difference(a: mx.array, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value of `b` (at least 1e-6)."""
-    a = np.array(a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, dtype=np.float64)
-    b = b.detach().numpy().astype(np.float64)
-    assert a.shape == b.shape, f"shape {a.shape}, should be {b.shape}"
-    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-6))
+def assert_close(name: str, ours: mx.array, theirs: np.ndarray, tolerance: float, sampled: bool = False) -> float:
+    """The largest difference over the largest value; where `sampled`, of what is not NaN, which some must be."""
+    mine = numbers(ours)
+    assert mine.shape == theirs.shape, f"{name}: {mine.shape}, not {theirs.shape}"
+    if mine.size == 0:
+        return 0.0
+    if sampled:
+        ran = ~np.isnan(mine)
+        assert ran.any(), f"{name}: nothing was computed"
+        mine, theirs = mine[ran], theirs[ran]
+    assert np.array_equal(np.isnan(mine), np.isnan(theirs)), f"{name}: {np.isnan(mine).sum()} NaNs"
+    mine, theirs = np.nan_to_num(mine), np.nan_to_num(theirs)
+    error = float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-30)) if np.any(mine != theirs) else 0.0
+    assert error <= tolerance, f"{name}: {error:.2e} of the largest value, {tolerance:.0e} allowed"
+    return error
 
 
 def check(
-    function: Callable,
+    function: Callable | Op,
+    arguments: Sequence[Any],
     oracle: Callable,
-    arguments: Sequence,
     wrt: Sequence[int] = (),
-    *,
-    schedules: Sequence[str] = ("fifo",),
-    seed: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    schedules: Sequence[str] = SCHEDULES,
     tolerance: float | None = None,
-    **options: Any,
-) -> list[Emulator]:
-    """Runs values and gradients under each schedule and compares them; the emulator raises what it finds.
+    sample: int | None = None,
+    launches: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Runs an op with emulated kernels, forward and backward, in each schedule, and compares it with `oracle`.
+
+    All schedules must give the same bits, and no checker may complain.
 
     Args:
-        function: the op; its outputs may be one array or several.
-        oracle: the same of torch tensors in float64.
-        arguments: of both; arrays and anything else.
-        wrt: which have gradients, for random cotangents in the dtype of the outputs.
-        tolerance: instead of that of the first array's dtype, where a test says why.
+        function: an `Op`, or a function that takes the arguments.
+        arguments: NumPy arrays of floats become arrays of `dtype`, other NumPy arrays arrays; the rest goes as it is
+            (``mx.array`` of any dtype too). Generate what matters at sizes around a block.
+        oracle: takes the arguments as torch tensors, floats as float64 (of the values after rounding to `dtype`), gives
+            what `function` gives. Gradients by torch's autograd.
+        wrt: arguments whose gradients are compared.
+        tolerance: of the largest value of each result; by default 1e-5 in float32, 2e-3 in float16, 1e-2 in bfloat16.
+        sample: so many threadgroups of a launch only; results that are NaN are then not compared.
+        launches: names of kernels that must have been launched; by default an Op's all, where `wrt` is given.
+
+    Returns:
+        Name of each result ("output 0", "gradient 2" …) -> the largest difference over its largest value.
     """
-    dtype = next(a.dtype for a in arguments if isinstance(a, mx.array))
-    bound = TOLERANCE[dtype] if tolerance is None else tolerance
-    ran = []
+    op = function if isinstance(function, Op) else None
+    run = op.function if op else function
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    given = [_given(a, dtype) for a in arguments]
+    errors: dict[str, float] = {}
+    first = expected = None
     for schedule in schedules:
-        with dispatch.using(Emulator(schedule, seed, **options)) as emulator:
-            outputs, cotangents, gradients = ours(function, arguments, wrt, seed)
-            mx.eval(outputs, gradients)
-        assert emulator.launches, "no kernel ran"
-        expected, wanted = theirs(oracle, arguments, wrt, cotangents)
-        for i, (a, b) in enumerate(zip(outputs, expected, strict=True)):
-            assert difference(a, b) <= bound, f"{schedule}: output {i} is off by {difference(a, b):.1e}"
-        for i, a, b in zip(wrt, gradients, wanted, strict=True):
-            assert a.dtype == arguments[i].dtype
-            assert difference(a, b) <= bound, f"{schedule}: gradient of argument {i} is off by {difference(a, b):.1e}"
-        ran.append(emulator)
-    return ran
-
-
-__all__ = ["DTYPES", "NAMES", "SCHEDULES", "TOLERANCE", "Emulator", "arrays", "check", "difference", "exact", "ours"]
+        emulator = Emulator(schedule, seed=len(schedule), sample=sample)
+        outputs, cotangents, gradients = emulated(run, given, wrt, emulator)
+        ran = {record.kernel for record in emulator.records}
+        required = set(launches) if launches is not None else {k.name for k in op.kernels} if op and wrt else set()
+        assert ran and required <= ran, f"launched {sorted(ran)}, not {sorted(required - ran)}"
+        expected = expected or exactly(oracle, given, wrt, cotangents)
+        for kind, made, exact in zip(("output", "gradient"), (outputs, gradients), expected, strict=True):
+            assert len(made) == len(exact)
+            for i, (ours, theirs) in enumerate(zip(made, exact, strict=True)):
+                name = f"{kind} {wrt[i] if kind == 'gradient' else i}"
+                errors[name] = assert_close(f"{name}, {schedule}", ours, theirs, tolerance, sample is not None)
+        if sample is None:
+            bits = [numbers(a) for a in (*outputs, *gradients)]
+            first = first or bits
+            same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, bits, strict=True))
+            assert same, f"{schedule} and {schedules[0]} differ"
+    return errors
