@@ -189,13 +189,18 @@ UNDEFINED(mul_overflow, "overflow", "signed product overflows")
 UNDEFINED(negate_overflow, "overflow", "signed negation overflows")
 UNDEFINED(divrem_overflow, "division-by-zero", "integer division by zero, or overflow of one")
 UNDEFINED(shift_out_of_bounds, "shift", "shift by a negative number or by the width or more")
-UNDEFINED(out_of_bounds, "out-of-bounds", "index outside of a private array")
-UNDEFINED(local_out_of_bounds, "out-of-bounds", "access outside of a private array")
+UNDEFINED(out_of_bounds, "out-of-bounds", "index outside of an array")
 UNDEFINED(float_cast_overflow, "conversion", "float that the integer type does not hold")
 UNDEFINED(type_mismatch_v1, "alignment", "address not aligned as its type is")
 UNDEFINED(load_invalid_value, "conversion", "a value that its type does not have")
 UNDEFINED(builtin_unreachable, "unreachable", "a place that is said to be unreachable")
 UNDEFINED(missing_return, "unreachable", "a function ends without a result")
+
+EXPORT void __ubsan_handle_local_out_of_bounds_abort() {
+  char text[100];
+  snprintf(text, sizeof text, "access outside of a private array by thread %u", R.current);
+  fail("out-of-bounds", text, PLACE);
+}
 
 static void advance(int scope, u32 order, u32 simd) {
   if (scope == 0) {
@@ -370,13 +375,36 @@ static void on_signal(int number, void* info, void* context) {
   u64 mask[16] = {};
   mask[0] = 1ul << (number - 1);
   sigprocmask(1, mask, nullptr);
+  if (((int*)info)[2] == 128) {
+    fail("alignment", "an address that is not aligned as its type is, or is none", (void*)(pc + 1));
+  }
   const u64 in = at - u64(M.stacks);
   if (in < STACK * MOST_THREADS && in % STACK < 4096) fail("stack", "more private memory than 124 KB", (void*)pc);
   fail_bounds(at, 1, false, (void*)(pc + 1));
 }
 
+// Results are made of initialised values only.
+static void check_results() {
+  for (u32 i = 0; i < M.buffer_count; ++i) {
+    const Buffer& b = M.buffers[i];
+    const u8* shadow = M.heap_shadow + (b.low - M.heap);
+    for (u64 e = 0; b.result && e < b.size / b.granule; ++e) {
+      u32 undefined = 0;
+      memcpy(&undefined, shadow + e * b.granule, b.granule);
+      const Access& a = b.cells[e].write;
+      if (!undefined || !a.epoch) continue;
+      char text[200];
+      snprintf(text, sizeof text, "%s, element %lu: thread %u writes what comes of a value that was never set", b.name, e,
+               a.thread);
+      record("uninitialised", text, (void*)(a.place + R.setup->image_low));
+      return;
+    }
+  }
+}
+
 static bool drive(const Setup& s) {
   for (u64 i = 0; i < s.group_count && !R.failed; ++i) run_group(s.groups[i]);
+  if (!R.failed) check_results();
   return !R.failed;
 }
 

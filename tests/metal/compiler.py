@@ -22,8 +22,8 @@ COMMON = (
 )  # fmt: skip
 UNDEFINED = "bounds,local-bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,alignment"
 CHECKED = (
-    "-O1", "-fsanitize=kernel-memory", "-fno-sanitize-memory-param-retval", "-mllvm", "-msan-track-origins=0",
-    f"-fsanitize={UNDEFINED}",
+    "-fsanitize=kernel-memory", "-fno-sanitize-memory-param-retval", "-mllvm", "-msan-track-origins=0",
+    f"-fsanitize={UNDEFINED}", f"-fno-sanitize-trap={UNDEFINED}",
 )  # fmt: skip
 UNCHECKED = ("-O2",)
 SPACES = ("-fsyntax-only", "-DCHECK_ADDRESS_SPACES")
@@ -75,16 +75,18 @@ def _shared_object(path: Path, text: str, flags: tuple[str, ...], of: str) -> No
         os.replace(linked, path)
 
 
-_KINDS = {"address space": "address-space", "uninitialized": "uninitialised", "shift count": "shift"}
+_KINDS = {
+    "uninitialized": "uninitialised", "shift count": "shift", "by zero": "division-by-zero",
+    "array index": "out-of-bounds",
+}  # fmt: skip
 
 
-def _compile_fault(messages: str, of: str) -> Fault:
+def _compile_fault(messages: str, of: str, kind: str | None = None) -> Fault:
     found = re.search(r"^([^:\n]+):(\d+):\d+: (?:fatal )?error: (.*)$", messages, re.MULTILINE)
     if not found:
-        return Fault("compile", of, 0, messages.strip())
+        return Fault(kind or "compile", of, 0, messages.strip())
     file, line, message = found.groups()
-    kind = next((k for part, k in _KINDS.items() if part in message), "compile")
-    kind = "division-by-zero" if "by zero" in message else "out-of-bounds" if "array index" in message else kind
+    kind = kind or next((k for part, k in _KINDS.items() if part in message), "compile")
     return Fault(kind, file, int(line), message)
 
 
@@ -93,6 +95,21 @@ def runtime_library() -> Path:
     if not path.exists():
         _shared_object(path, '#include "runtime.cpp"\n', ("-O2", "-fno-builtin"), "runtime.cpp")
     return path
+
+
+def _check(text: str, name: str) -> tuple[str, ...]:
+    """What clang says of the text, and how far it may be optimised.
+
+    First without address spaces, so that what is wrong with them only is told apart. A variable that some way through
+    the text leaves unset would be optimised to what the other ways set, so such a text is not optimised.
+    """
+    maybe_unset = False
+    for flags in (("-Wconditional-uninitialized",), SPACES[1:]):
+        done = run_clang([*COMMON, *WARNINGS, *flags, SPACES[0], "-x", "c++", "-"], text)
+        maybe_unset |= "[-Wconditional-uninitialized]" in done.stderr
+        if done.returncode:
+            raise _compile_fault(done.stderr, name, "address-space" if flags == SPACES[1:] else None)
+    return ("-O0",) if maybe_unset else ("-O1",)
 
 
 def kernel_library(text: str, name: str, checks: bool) -> Path:
@@ -104,9 +121,5 @@ def kernel_library(text: str, name: str, checks: bool) -> Path:
     flags = (*WARNINGS, *(CHECKED if checks else UNCHECKED))
     path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SPACES)}.so"
     if not path.exists():
-        if checks:
-            done = run_clang([*COMMON, *WARNINGS, *SPACES, "-x", "c++", "-"], text)
-            if done.returncode:
-                raise _compile_fault(done.stderr, name)
-        _shared_object(path, text, flags, name)
+        _shared_object(path, text, (*flags, *(_check(text, name) if checks else ())), name)
     return path

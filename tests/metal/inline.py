@@ -1,0 +1,55 @@
+"""Kernels whose text is in a test, not in kernels/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.kernel import Kernel, Template, Triple
+
+
+@dataclass(frozen=True)
+class Inline(Kernel):
+    """A kernel with its text; messages call it `<name>.metal` and `<name>.h`."""
+
+    text: str = ""
+    header_text: str = ""
+
+    @property
+    def body(self) -> str:
+        return self.text
+
+    @property
+    def header(self) -> str:
+        return self.header_text
+
+
+def launch(
+    emulator: dispatch.Backend,
+    text: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    grid: Triple,
+    threadgroup: Triple,
+    *,
+    header: str = "",
+    template: Template | None = None,
+    init: float | None = None,
+    atomic: bool = False,
+    name: str = "inline",
+) -> list[mx.array]:
+    """Outputs (name -> shape, dtype) of a kernel of that text on the emulator."""
+    kernel = Inline(name, tuple(inputs), tuple(outputs), atomic=atomic, text=text, header_text=header)
+    with dispatch.using(emulator):
+        return kernel(
+            list(inputs.values()), template=template or {}, grid=grid, threadgroup=threadgroup,
+            shapes=[shape for shape, _ in outputs.values()], dtypes=[dtype for _, dtype in outputs.values()], init=init,
+        )  # fmt: skip
+
+
+def only(made: Sequence[mx.array]) -> mx.array:
+    (array,) = made
+    return array
