@@ -21,6 +21,7 @@ MODULES: tuple[str, ...] = (
     "altup_predict",
     "altup_correct",
     "sparse_gelu",
+    "flash_attention",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 

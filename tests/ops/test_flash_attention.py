@@ -1,0 +1,102 @@
+"""Flash attention, emulated, against torch in float64: values and gradients, at the edges of its blocks."""
+
+import harness
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from harness import DTYPES, SCHEDULES, check
+
+from gemma_mlx.ops.flash_attention import FORWARD, KEYS, MOST_MEMORY, OP, QUERIES, flash_attention, memory, moved, tiles
+
+ROWS, COLUMNS = tiles(FORWARD, 8, 4)
+
+
+def exact(q, k, v, scale, lengths=None):
+    shared = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
+    valid = torch.ones(q.shape[:2], dtype=torch.bool)
+    if lengths is not None:
+        valid = torch.arange(k.shape[1])[None] < lengths[:, None]
+        scores = scores.masked_fill(~valid[:, None, None, :], -1e300)
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v) * valid[..., None, None]
+
+
+def given(*shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.standard_normal(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_rows(dtype):
+    """A whole row, a part of one, one token and none."""
+    q, k, v = given(*[(4, 37, 2, 16)] * 3)
+    check(OP, [q, k, v, 0.25, np.array([37, 20, 1, 0], np.int32)], exact, (0, 1, 2), dtype, SCHEDULES)
+
+
+@pytest.mark.parametrize("size", [64, 72])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_sizes_of_the_checkpoints(size, dtype):
+    q, k, v = given(*[(1, 35, 1, size)] * 3)
+    check(OP, [q, k, v, size**-0.5, np.array([33], np.int32)], exact, (0, 1, 2), dtype, SCHEDULES[:1])
+
+
+@pytest.mark.parametrize("queries", [COLUMNS - 1, COLUMNS, COLUMNS + 1, ROWS - 1, ROWS, ROWS + 1])
+def test_edges_of_blocks(queries):
+    """Keys at the edges of their own blocks, and of other number than the queries."""
+    keys = {ROWS: COLUMNS + 1, ROWS - 1: COLUMNS, ROWS + 1: COLUMNS - 1}.get(queries, queries)
+    q, k, v = given((1, queries, 1, 8), *[(1, keys, 1, 8)] * 2)
+    check(OP, [q, k, v, 0.4], exact, (0, 1, 2), mx.float32, SCHEDULES[2:])
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 1, 1), (1, 8, 1, 1)])
+def test_seven_and_eight_values(shape):
+    """MLX puts inputs of fewer than eight values in another address space."""
+    check(OP, [*given(shape, shape, shape), 1.0], exact, (0, 1, 2), mx.float32)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_heads_that_share_keys(heads):
+    q, k, v = given((2, 19, 4, 12), *[(2, 33, heads // 2, 12)] * 2)
+    check(OP, [q, k, v, 0.3], exact, (0, 1, 2), mx.bfloat16, SCHEDULES[:1])
+
+
+def test_large_scores():
+    """Hundreds: a softmax that is not shifted would overflow."""
+    q, k, v = (20 * a for a in given(*[(1, 20, 1, 8)] * 3))
+    check(OP, [q, k, v, 1.0], exact, (2,), mx.float32, SCHEDULES[:1], launches=())
+
+
+def test_reference_equals_its_definition():
+    q, k, v = (mx.array(a.astype(np.float32)) for a in given(*[(3, 37, 2, 16)] * 3))
+    lengths = mx.array([37, 20, 0])
+    out = flash_attention(q, k, v, 0.25, lengths)
+    arrays = [torch.tensor(harness.numbers(a)) for a in (q, k, v)]
+    harness.assert_close("out", out, exact(*arrays, 0.25, torch.tensor([37, 20, 0])).numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", [FORWARD, QUERIES, KEYS], ids=lambda k: k.name)
+def test_blocks_fit(kernel, itemsize):
+    for size in (4, 64, 72, 96):
+        assert memory(kernel, *tiles(kernel, size, itemsize), size, itemsize) <= MOST_MEMORY
+    assert tiles(kernel, 512, itemsize) is None
+
+
+def test_scores_are_never_in_memory():
+    """Bytes at the size of the checkpoints, forward and backward, against the scores': written once and read once."""
+    shape = (1, 2520, 12, 64)
+    scores = 2 * 2 * 12 * 2520**2
+    forward, *backward = [moved(kernel, shape, shape, 2) for kernel in (FORWARD, QUERIES, KEYS)]
+    print(f"forward {forward / 1e6:.0f} MB, backward {sum(backward) / 1e6:.0f} MB; scores {scores / 1e6:.0f} MB")
+    assert forward <= 1.1 * scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_real_size(dtype):
+    """2,520 patches of 12 heads of 64, some of them padding."""
+    q, k, v = given(*[(1, 2520, 12, 64)] * 3)
+    lengths = np.array([2304], np.int32)
+    check(flash_attention, [q, k, v, 0.125, lengths], exact, (), dtype, SCHEDULES[:1], sample=8)
