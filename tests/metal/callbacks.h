@@ -414,8 +414,6 @@ EXPORT int emulated_run(const Setup* setup, Fault* fault, u64* accesses) {
   R.setup = setup;
   R.failed = false;
   R.random = setup->seed * 0x9E3779B97F4A7C15ul + 1;
-  R.threads = setup->group[0] * setup->group[1] * setup->group[2];
-  R.simds = (R.threads + 31) / 32;
   R.epoch_group = R.epoch_device = R.epoch_start = 0;
   R.accesses = 0;
   M.image_low = setup->image_low;

@@ -13,7 +13,7 @@ from pathlib import Path
 from metal.fault import Fault
 
 HERE = Path(__file__).parent
-PRELUDE = ("metal.h", "lanes.h", "atomics.h", "entry.h", "runtime.h")
+PRELUDE = ("metal.h", "vectors.h", "lanes.h", "atomics.h", "matrix.h", "entry.h", "runtime.h")
 RUNTIME = ("runtime.cpp", "runtime.h", "memory.h", "fibers.h", "callbacks.h")
 COMMON = (
     "--target=x86_64-linux-gnu", "-march=x86-64-v3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",

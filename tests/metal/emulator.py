@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 from dataclasses import dataclass, field
 from functools import cache
@@ -107,7 +108,7 @@ class Emulator:
 
     def groups(self, launch: Launch) -> np.ndarray:
         """Which threadgroups run, in order."""
-        count = int(np.prod([g // t for g, t in zip(launch.grid, launch.threadgroup, strict=True)], dtype=np.int64))
+        count = _count(launch)
         picked, chance = range(count), random.Random(self.seed)
         if self.sample is not None and self.sample < count:
             picked = sorted({0, count - 1, *chance.sample(range(count), self.sample)})[: max(self.sample, 1)]
@@ -137,7 +138,7 @@ class Emulator:
         array = (_Buffer * len(buffers))(*buffers)
         setup = _Setup(
             entry, low, high, ctypes.cast(array, _POINTER), len(buffers), SCHEDULES.index(self.schedule), self.seed + 1,
-            (ctypes.c_uint32 * 3)(*launch.threadgroup), (ctypes.c_uint32 * 3)(*launch.grid), groups.ctypes.data,
+            (ctypes.c_uint32 * 3)(*_threadgroup(launch)), (ctypes.c_uint32 * 3)(*launch.grid), groups.ctypes.data,
             len(groups),
         )  # fmt: skip
         fault, accesses = _Fault(), ctypes.c_uint64()
@@ -147,9 +148,18 @@ class Emulator:
             raise _as_fault(fault, path)
         if code:
             raise MemoryError(f"{launch.kernel.name}: the emulator has no address space for the buffers ({code})")
-        total = int(np.prod([g // t for g, t in zip(launch.grid, launch.threadgroup, strict=True)], dtype=np.int64))
-        self.records.append(Record(launch.kernel.name, (len(groups), total), accesses.value, written))
+        self.records.append(Record(launch.kernel.name, (len(groups), _count(launch)), accesses.value, written))
         return [_to_mlx(a, d) for a, d in zip(outputs, launch.dtypes, strict=True)]
+
+
+def _threadgroup(launch: Launch) -> list[int]:
+    """MLX makes no threadgroup larger than the grid."""
+    return [min(t, g) for t, g in zip(launch.threadgroup, launch.grid, strict=True)]
+
+
+def _count(launch: Launch) -> int:
+    """Threadgroups of the launch; the last in a dimension may be smaller."""
+    return math.prod(-(-g // t) for g, t in zip(launch.grid, _threadgroup(launch), strict=True))
 
 
 def _as_fault(fault: _Fault, path: Path) -> Fault:

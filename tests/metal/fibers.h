@@ -124,20 +124,27 @@ static u64 next_random() {
 
 static void begin_group(u64 group) {
   const Setup& s = *R.setup;
-  u32 groups[3], where[3];
-  for (int a = 0; a < 3; ++a) groups[a] = s.grid[a] / s.group[a];
+  u32 groups[3], where[3], size[3];
+  for (int a = 0; a < 3; ++a) groups[a] = (s.grid[a] + s.group[a] - 1) / s.group[a];
   where[0] = u32(group % groups[0]);
   where[1] = u32(group / groups[0] % groups[1]);
   where[2] = u32(group / groups[0] / groups[1]);
+  for (int a = 0; a < 3; ++a) {  // the last one may be smaller
+    const u32 left = s.grid[a] - where[a] * s.group[a];
+    size[a] = left < s.group[a] ? left : s.group[a];
+  }
+  R.threads = size[0] * size[1] * size[2];
+  R.simds = (R.threads + 31) / 32;
   for (u32 t = 0; t < R.threads; ++t) {
     Fiber& f = R.fibers[t];
-    u32 in[3] = {t % s.group[0], t / s.group[0] % s.group[1], t / s.group[0] / s.group[1]};
+    u32 in[3] = {t % size[0], t / size[0] % size[1], t / size[0] / size[1]};
     for (int a = 0; a < 3; ++a) {
       f.at.thread_position_in_threadgroup[a] = in[a];
       f.at.threadgroup_position_in_grid[a] = where[a];
       f.at.thread_position_in_grid[a] = where[a] * s.group[a] + in[a];
       f.at.threads_per_grid[a] = f.at.grid_size[a] = s.grid[a];
-      f.at.threads_per_threadgroup[a] = f.at.dispatch_threads_per_threadgroup[a] = s.group[a];
+      f.at.threads_per_threadgroup[a] = size[a];
+      f.at.dispatch_threads_per_threadgroup[a] = s.group[a];
       f.at.threadgroups_per_grid[a] = groups[a];
     }
     f.at.thread_index_in_threadgroup[0] = t;

@@ -46,27 +46,15 @@ using bfloat16_t = __bf16;
 #endif
 #define thread
 
-#define EMULATED_VECTORS(T)                                       \
-  typedef T T##2 __attribute__((ext_vector_type(2)));             \
-  typedef T T##3 __attribute__((ext_vector_type(3)));             \
-  typedef T T##4 __attribute__((ext_vector_type(4)));
-EMULATED_VECTORS(float)
-EMULATED_VECTORS(half)
-EMULATED_VECTORS(int)
-EMULATED_VECTORS(uint)
-EMULATED_VECTORS(short)
-EMULATED_VECTORS(ushort)
-EMULATED_VECTORS(char)
-EMULATED_VECTORS(uchar)
-EMULATED_VECTORS(long)
-EMULATED_VECTORS(ulong)
+#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATED_INLINE inline __attribute__((always_inline))
+#define EMULATED_QUIET inline __attribute__((always_inline, nodebug))  // its lines are the caller's
+
+#include "vectors.h"
 
 enum class mem_flags { mem_none = 0, mem_threadgroup = 1, mem_device = 2, mem_threadgroup_and_device = 3 };
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 enum memory_order { memory_order_relaxed };
-
-#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define EMULATED_INLINE inline __attribute__((always_inline))
 
 namespace metal {
 using ::bfloat;
@@ -110,9 +98,58 @@ EMULATED_INLINE float min(float a, float b) { return __builtin_fminf(a, b); }
 EMULATED_INLINE float max(float a, float b) { return __builtin_fmaxf(a, b); }
 template <typename T> EMULATED_INLINE T clamp(T x, T low, T high) { return min(max(x, low), high); }
 template <typename T> EMULATED_INLINE T select(T a, T b, bool second) { return second ? b : a; }
-namespace fast { using metal::exp; using metal::tanh; using metal::log; using metal::rsqrt; using metal::exp2; }
-namespace precise { using metal::exp; using metal::tanh; using metal::log; using metal::rsqrt; using metal::sqrt; }
+EMULATED_UNARY(asin, __builtin_asinf)
+EMULATED_UNARY(acos, __builtin_acosf)
+EMULATED_UNARY(atan, __builtin_atanf)
+EMULATED_UNARY(tan, __builtin_tanf)
+EMULATED_UNARY(sinh, __builtin_sinhf)
+EMULATED_UNARY(cosh, __builtin_coshf)
+EMULATED_UNARY(log10, __builtin_log10f)
+EMULATED_UNARY(exp10, __builtin_exp10f)
+EMULATED_INLINE half rsqrt(half x) { return static_cast<half>(rsqrt(static_cast<float>(x))); }
+EMULATED_INLINE float fmin(float a, float b) { return __builtin_fminf(a, b); }
+EMULATED_INLINE float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
+EMULATED_INLINE float fmod(float a, float b) { return __builtin_fmodf(a, b); }
+EMULATED_INLINE float atan2(float a, float b) { return __builtin_atan2f(a, b); }
+EMULATED_INLINE float copysign(float a, float b) { return __builtin_copysignf(a, b); }
+EMULATED_INLINE float fract(float x) { return x - floor(x); }
+EMULATED_INLINE float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
+EMULATED_INLINE float mix(float a, float b, float t) { return a + (b - a) * t; }
+EMULATED_INLINE float divide(float a, float b) { return a / b; }
+EMULATED_INLINE float powr(float x, float y) { return __builtin_powf(x, y); }
+EMULATED_INLINE float ldexp(float x, int k) { return __builtin_ldexpf(x, k); }
+EMULATED_INLINE bool isinf(float x) { return abs(x) == __builtin_inff(); }
+EMULATED_INLINE bool isfinite(float x) { return abs(x) < __builtin_inff(); }
+EMULATED_INLINE bool signbit(float x) { return __builtin_signbitf(x); }
+template <typename To, typename From> EMULATED_INLINE To as_type(From x) { return __builtin_bit_cast(To, x); }
+namespace fast { using namespace ::metal; }
+namespace precise { using namespace ::metal; }
 EMULATED_INLINE uint popcount(uint x) { return uint(__builtin_popcount(x)); }
+EMULATED_INLINE uint clz(uint x) { return x ? uint(__builtin_clz(x)) : 32; }
+EMULATED_INLINE uint ctz(uint x) { return x ? uint(__builtin_ctz(x)) : 32; }
+
+template <typename T> struct numeric_limits;
+#define EMULATED_LIMITS(T, LOWEST, HIGHEST)                                             \
+  template <> struct numeric_limits<T> {                                                \
+    static constexpr T lowest() { return static_cast<T>(LOWEST); }                      \
+    static constexpr T max() { return static_cast<T>(HIGHEST); }                        \
+    static constexpr T infinity() { return static_cast<T>(__builtin_inff()); }          \
+    static constexpr T quiet_NaN() { return static_cast<T>(__builtin_nanf("")); }       \
+  };
+#define EMULATED_INTEGER_LIMITS(T, LOWEST, HIGHEST)                                     \
+  template <> struct numeric_limits<T> {                                                \
+    static constexpr T lowest() { return LOWEST; }                                      \
+    static constexpr T min() { return LOWEST; }                                         \
+    static constexpr T max() { return HIGHEST; }                                        \
+  };
+EMULATED_LIMITS(float, -3.40282346638528859812e+38f, 3.40282346638528859812e+38f)
+EMULATED_LIMITS(half, -65504.0f, 65504.0f)
+EMULATED_LIMITS(bfloat, -3.38953138925153547590e+38f, 3.38953138925153547590e+38f)
+EMULATED_INTEGER_LIMITS(int, -2147483647 - 1, 2147483647)
+EMULATED_INTEGER_LIMITS(uint, 0, 4294967295u)
+EMULATED_INTEGER_LIMITS(uchar, 0, 255)
+EMULATED_INTEGER_LIMITS(short, -32768, 32767)
+EMULATED_INTEGER_LIMITS(ushort, 0, 65535)
 
 inline void threadgroup_barrier(mem_flags flags, EMULATED_PLACE) { emulated_barrier(0, int(flags), file, line); }
 inline void simdgroup_barrier(mem_flags flags, EMULATED_PLACE) { emulated_barrier(1, int(flags), file, line); }
@@ -121,15 +158,20 @@ inline void simdgroup_barrier(mem_flags flags, EMULATED_PLACE) { emulated_barrie
 
 #include "lanes.h"
 #include "atomics.h"
+#include "matrix.h"
 
 using namespace metal;
+#define M_E_F 2.71828182845904523536f
+#define M_LN2_F 0.69314718055994530942f
+#define M_LOG2E_F 1.44269504088896340736f
+#define M_SQRT2_F 1.41421356237309504880f
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
 #define M_PI_F 3.14159274101257324219f
 
 // elem_to_loc of MLX's utilities: where element `elem` of an array of that shape lies, by its strides.
 template <typename Shape, typename Strides>
-inline size_t elem_to_loc(uint elem, Shape shape, Strides strides, int ndim) {
+EMULATED_QUIET size_t elem_to_loc(uint elem, Shape shape, Strides strides, int ndim) {
   size_t loc = 0;
   for (int i = ndim - 1; i >= 0 && elem > 0; --i) {
     loc += (elem % uint(shape[i])) * size_t(strides[i]);
