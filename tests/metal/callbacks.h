@@ -107,6 +107,7 @@ INLINE Shadow in_heap(u64 at, u64 size, const void* place) {
     return {M.zeros, M.zeros};
   }
   const u64 last = (in + size - 1) / b.granule;
+  M.touched[u64(b.cells - M.cells + last) / BLOCK] = M.touched[u64(b.cells - M.cells + in / b.granule) / BLOCK] = 1;
   for (u64 e = in / b.granule; e <= last; ++e) track<WRITES, true>(b.cells[e], b.name, e, place);
   return {M.heap_shadow + off, M.zeros};
 }
@@ -273,31 +274,45 @@ static void matrix_of(const u8* all, u32 skip, float (&value)[8][8], u8 (&undefi
   }
 }
 
-EXPORT void emulated_multiply(const float* a, const float* b, float* c, const char* file, int line) {
-  u8 both[16];
-  Fiber& me = R.fibers[R.current];
-  u8* all = M.slots + (simd_of(R.current) * 2 + me.parity) * 1024;
-  u8* mine = all + 16 * (R.current % 32);
-  memcpy(both, a, 8);
-  memcpy(both + 8, b, 8);
-  memcpy(mine, both, 16);
-  u8* shadow = M.slots_shadow + (mine - M.slots);
-  memcpy(shadow, M.stacks_shadow + ((const u8*)a - M.stacks), 8);
-  memcpy(shadow + 8, M.stacks_shadow + ((const u8*)b - M.stacks), 8);
-  if (lanes_of(simd_of(R.current)) != 32) fail("inactive-lanes", "a matrix needs 32 lanes", nullptr, file, u32(line));
-  wait(AT_EXCHANGE, 16, file, line);
-  me.parity ^= 1;
+struct Product {
+  float value[8][8];
+  u8 undefined[8][8];
+};
+static Product products[32][2];  // of a SIMD group's last two multiplications
+
+static void multiply(const u8* all, Product& to) {
   float x[8][8], y[8][8];
   u8 no_x[8][8], no_y[8][8];
   matrix_of(all, 0, x, no_x);
   matrix_of(all, 8, y, no_y);
-  const u32 l = R.current % 32, row = (l / 4 & 4) + l / 2 % 4, column = (l / 4 & 2) * 2 + l % 2 * 2;
-  u8* out = M.stacks_shadow + ((u8*)c - M.stacks);
-  for (u32 k = 0; k < 2; ++k)
-    for (u32 i = 0; i < 8; ++i) {
-      c[k] = __builtin_fmaf(x[row][i], y[i][column + k], c[k]);
-      if (no_x[row][i] || no_y[i][column + k]) memset(out + 4 * k, 0xFF, 4);
-    }
+  memset(&to, 0, sizeof to);
+  for (u32 i = 0; i < 8; ++i)
+    for (u32 k = 0; k < 8; ++k)
+      for (u32 j = 0; j < 8; ++j) {
+        to.value[i][j] += x[i][k] * y[k][j];
+        to.undefined[i][j] |= no_x[i][k] | no_y[k][j];
+      }
+}
+
+EXPORT void emulated_multiply(const float* a, const float* b, float* c, const char* file, int line) {
+  Fiber& me = R.fibers[R.current];
+  const u32 simd = simd_of(R.current), parity = me.parity, l = R.current % 32;
+  if (lanes_of(simd) != 32) fail("inactive-lanes", "a matrix needs 32 lanes", nullptr, file, u32(line));
+  u8 *all = M.slots + (simd * 2 + parity) * 1024, *mine = all + 16 * l, *shadow = M.slots_shadow + (mine - M.slots);
+  memcpy(mine, a, 8);
+  memcpy(mine + 8, b, 8);
+  memcpy(shadow, M.stacks_shadow + ((const u8*)a - M.stacks), 8);
+  memcpy(shadow + 8, M.stacks_shadow + ((const u8*)b - M.stacks), 8);
+  wait(AT_EXCHANGE, 16, file, line);
+  me.parity ^= 1;
+  Product& p = products[simd][parity];
+  if (!all[EXCHANGE_DONE]) multiply(all, p);
+  all[EXCHANGE_DONE] = 1;
+  const u32 row = (l / 4 & 4) + l / 2 % 4, column = (l / 4 & 2) * 2 + l % 2 * 2;
+  for (u32 k = 0; k < 2; ++k) {
+    c[k] += p.value[row][column + k];
+    if (p.undefined[row][column + k]) memset(M.stacks_shadow + ((u8*)(c + k) - M.stacks), 0xFF, 4);
+  }
 }
 
 EXPORT u32 emulated_lanes() { return clean_result(), lanes_of(simd_of(R.current)); }
@@ -385,21 +400,16 @@ static void on_signal(int number, void* info, void* context) {
 
 // Results are made of initialised values only.
 static void check_results() {
-  for (u32 i = 0; i < M.buffer_count; ++i) {
-    const Buffer& b = M.buffers[i];
-    const u8* shadow = M.heap_shadow + (b.low - M.heap);
-    for (u64 e = 0; b.result && e < b.size / b.granule; ++e) {
-      u32 undefined = 0;
-      memcpy(&undefined, shadow + e * b.granule, b.granule);
-      const Access& a = b.cells[e].write;
-      if (!undefined || !a.epoch) continue;
-      char text[200];
-      snprintf(text, sizeof text, "%s, element %lu: thread %u writes what comes of a value that was never set", b.name, e,
-               a.thread);
-      record("uninitialised", text, (void*)(a.place + R.setup->image_low));
-      return;
-    }
-  }
+  each_touched([](const Buffer& b, u64 e) {
+    u32 undefined = 0;
+    memcpy(&undefined, M.heap_shadow + (b.low - M.heap) + e * b.granule, b.granule);
+    const Access& a = b.cells[e].write;
+    if (!undefined || !a.epoch || R.failed) return;
+    char text[200];
+    snprintf(text, sizeof text, "%s, element %lu: thread %u writes what comes of a value that was never set", b.name, e,
+             a.thread);
+    record("uninitialised", text, (void*)(a.place + R.setup->image_low));
+  });
 }
 
 static bool drive(const Setup& s) {

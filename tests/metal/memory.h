@@ -37,10 +37,10 @@ struct Access {  // the last one of its kind to a cell
   u32 epoch;     // 0: none
   u16 thread;    // SEVERAL: of different SIMD groups; SEVERAL + 1 + simd: of that SIMD group
   u16 step;      // of its SIMD group's barriers
-  u32 place;     // in the kernel's object
-  u32 atomic;
+  u32 place : 31;  // in the kernel's object
+  u32 atomic : 1;
 };
-struct Cell {
+struct alignas(32) Cell {
   Access write, read;
   u32 elsewhere;  // whether other threadgroups read it
 };
@@ -72,6 +72,7 @@ struct Memory {
   u8* grains;      // which buffer a grain of the heap belongs to, + 1
   u8* arena_at;    // which array 16 bytes of the arena belong to, + 1
   Cell *cells, *arena_cells;
+  u8* touched;     // blocks of cells that are not all zeros
   u64 heap_used, cells_used, arena_used, arena_cells_used, threadgroup_bytes;
   Buffer* buffers;
   u32 buffer_count, array_count;
@@ -81,7 +82,7 @@ struct Memory {
 };
 static Memory M;
 
-constexpr u64 CELLS = 48ul << 30, SLOT_BYTES = 32 * 2 * 1024;
+constexpr u64 CELLS = 48ul << 30, BLOCK = 1024, SLOT_BYTES = 32 * 2 * 1024;
 
 static u8* reserve(u64 bytes) {
   void* at = mmap(nullptr, bytes, 3, 0x4022, -1, 0);  // private, anonymous, without reserve
@@ -94,6 +95,7 @@ static bool memory_ready() {
   M.heap_shadow = reserve(DATA);
   M.cells = (Cell*)reserve(CELLS);
   M.grains = reserve(DATA / GRAIN);
+  M.touched = reserve(CELLS / sizeof(Cell) / BLOCK);
   M.arena = reserve(ARENA);
   M.arena_shadow = reserve(ARENA);
   M.arena_at = reserve(ARENA / 16);
@@ -134,7 +136,7 @@ static bool place_buffers(Buffer* buffers, u32 count) {
     }
     if (b.result) {
       b.cells = M.cells + M.cells_used;
-      M.cells_used += b.size / b.granule + 1;
+      M.cells_used += (b.size / b.granule / BLOCK + 1) * BLOCK;
       if (M.cells_used * sizeof(Cell) > CELLS) return false;
     }
     M.heap_used += (grains + 1) * GRAIN;
@@ -142,19 +144,32 @@ static bool place_buffers(Buffer* buffers, u32 count) {
   return true;
 }
 
-static void collect_results() {
+// Calls with (buffer, element) for each element of a result that was written or read.
+template <typename Call>
+static void each_touched(Call call) {
   for (u32 i = 0; i < M.buffer_count; ++i) {
-    Buffer& b = M.buffers[i];
-    if (!b.result) continue;
-    memcpy(b.result, b.low, b.size);
-    for (u64 j = 0; j < b.size; ++j) b.written[j] = b.cells[j / b.granule].write.epoch != 0;
+    const Buffer& b = M.buffers[i];
+    const u64 count = b.result ? b.size / b.granule : 0;
+    for (u64 block = 0; block * BLOCK < count; ++block) {
+      if (!M.touched[u64(b.cells - M.cells) / BLOCK + block]) continue;
+      for (u64 e = block * BLOCK; e < count && e < (block + 1) * BLOCK; ++e) call(b, e);
+    }
   }
+}
+
+static void collect_results() {
+  for (u32 i = 0; i < M.buffer_count; ++i)
+    if (M.buffers[i].result) memcpy(M.buffers[i].result, M.buffers[i].low, M.buffers[i].size);
+  each_touched([](const Buffer& b, u64 e) {
+    if (b.cells[e].write.epoch) memset(b.written + e * b.granule, 1, b.granule);
+  });
 }
 
 static void clear_memory() {
   drop(M.heap, M.heap_used);
   drop(M.heap_shadow, M.heap_used);
   drop(M.cells, M.cells_used * sizeof(Cell));
+  memset(M.touched, 0, M.cells_used / BLOCK + 1);
   memset(M.grains, 0, M.heap_used / GRAIN + 1);
   M.buffer_count = 0;
 }
