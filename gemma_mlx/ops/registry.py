@@ -22,6 +22,7 @@ MODULES: tuple[str, ...] = (
     "altup_correct",
     "sparse_gelu",
     "flash_attention",
+    "qk_norm_rope",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 
