@@ -23,6 +23,7 @@ MODULES: tuple[str, ...] = (
     "sparse_gelu",
     "flash_attention",
     "qk_norm_rope",
+    "norm_gelu",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 
