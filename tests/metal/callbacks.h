@@ -297,7 +297,7 @@ static void multiply(const u8* all, Product& to) {
 EXPORT void emulated_multiply(const float* a, const float* b, float* c, const char* file, int line) {
   Fiber& me = R.fibers[R.current];
   const u32 simd = simd_of(R.current), parity = me.parity, l = R.current % 32;
-  if (lanes_of(simd) != 32) fail("inactive-lanes", "a matrix needs 32 lanes", nullptr, file, u32(line));
+  if (lanes_of(simd) != 32) fail("inactive-lanes", "a matrix needs 32 lanes", nullptr, file, u32(line / 1024));
   u8 *all = M.slots + (simd * 2 + parity) * 1024, *mine = all + 16 * l, *shadow = M.slots_shadow + (mine - M.slots);
   memcpy(mine, a, 8);
   memcpy(mine + 8, b, 8);
@@ -322,7 +322,7 @@ EXPORT void emulated_undefined(void* value, u32 size) {
   memset(M.stacks_shadow + ((u8*)value - M.stacks), 0xFF, size);
 }
 EXPORT void emulated_invalid(const char* what, const char* file, int line) {
-  fail("undefined-lane", what, nullptr, file, u32(line));
+  fail("undefined-lane", what, nullptr, file, u32(line / 1024));
 }
 
 EXPORT void* emulated_threadgroup(u32 id, u64 size, u32 element, const char* name, const char* file, int line) {
@@ -382,7 +382,15 @@ struct AlternateStack {
 };
 int sigaltstack(const AlternateStack*, AlternateStack*);
 int sigprocmask(int, const u64*, u64*);
+struct Timer {
+  long again_seconds, again_microseconds, seconds, microseconds;
+};
+int setitimer(int, const Timer*, Timer*);
 }
+
+static bool in_kernel(u64 at) { return at > R.setup->image_low && at < R.setup->image_high; }
+
+enum { BUS_ERROR = 7, BAD_ADDRESS = 11, VIRTUAL_ALARM = 26 };
 
 // An address that no check had seen: a load's comes before the question where its shadow is.
 static void on_signal(int number, void* info, void* context) {
@@ -390,6 +398,12 @@ static void on_signal(int number, void* info, void* context) {
   u64 mask[16] = {};
   mask[0] = 1ul << (number - 1);
   sigprocmask(1, mask, nullptr);
+  if (number == VIRTUAL_ALARM) {
+    u64 place = pc + 1;  // or, within the runtime, where that was called from
+    for (const u64* at = (const u64*)((u64*)context)[5 + 15]; !in_kernel(place) && u64(at + 1) < R.stack_low + STACK; ++at)
+      place = *at;
+    fail("endless", "the processor time that a launch may take is over", in_kernel(place) ? (void*)place : nullptr);
+  }
   if (((int*)info)[2] == 128) {
     fail("alignment", "an address that is not aligned as its type is, or is none", (void*)(pc + 1));
   }
@@ -429,14 +443,16 @@ EXPORT int emulated_run(const Setup* setup, Fault* fault, u64* accesses) {
   M.image_low = setup->image_low;
   if (!place_buffers(setup->buffers, setup->buffer_count)) return 3;
   for (u32 i = 0; i < setup->buffer_count; ++i) R.pointers[i] = setup->buffers[i].low;
-  Action old[2], mine = {on_signal, {}, 4 | 0x08000000, nullptr};
+  const int signals[3] = {BAD_ADDRESS, BUS_ERROR, VIRTUAL_ALARM};
+  Action old[3], mine = {on_signal, {}, 4 | 0x08000000, nullptr};
   AlternateStack before, alternate = {spare, 0, sizeof spare};
+  const Timer limit = {0, 0, setup->seconds, 0}, none = {};
   sigaltstack(&alternate, &before);
-  sigaction(11, &mine, &old[0]);
-  sigaction(7, &mine, &old[1]);
+  for (int i = 0; i < 3; ++i) sigaction(signals[i], &mine, &old[i]);
+  setitimer(1, &limit, nullptr);
   const bool fine = drive(*setup);
-  sigaction(11, &old[0], nullptr);
-  sigaction(7, &old[1], nullptr);
+  setitimer(1, &none, nullptr);
+  for (int i = 0; i < 3; ++i) sigaction(signals[i], &old[i], nullptr);
   sigaltstack(&before, nullptr);
   *accesses = R.accesses;
   if (fine) collect_results();

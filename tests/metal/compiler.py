@@ -26,7 +26,8 @@ CHECKED = (
     f"-fsanitize={UNDEFINED}", f"-fno-sanitize-trap={UNDEFINED}",
 )  # fmt: skip
 UNCHECKED = ("-O2",)
-SPACES = ("-fsyntax-only", "-DCHECK_ADDRESS_SPACES")
+SYNTAX = ("-fsyntax-only", "-x", "c++")
+SUSPECT = ("-Wconditional-uninitialized", "-Wimplicit-float-conversion")
 WARNINGS = (
     "-Wno-everything", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
     "-Werror=array-bounds", "-Werror=division-by-zero", "-Werror=shift-count-overflow",
@@ -81,6 +82,13 @@ _KINDS = {
 }  # fmt: skip
 
 
+_TO_BFLOAT = re.compile(
+    r"^([^:\n]+):(\d+):\d+: warning: (implicit conversion .*loses floating-point precision: .* to '[^']*(?:bfloat|__bf16)"
+    r"[^']*'.*)$",
+    re.MULTILINE,
+)
+
+
 def _compile_fault(messages: str, of: str, kind: str | None = None) -> Fault:
     found = re.search(r"^([^:\n]+):(\d+):\d+: (?:fatal )?error: (.*)$", messages, re.MULTILINE)
     if not found:
@@ -103,12 +111,16 @@ def _check(text: str, name: str) -> tuple[str, ...]:
     First without address spaces, so that what is wrong with them only is told apart. A variable that some way through
     the text leaves unset would be optimised to what the other ways set, so such a text is not optimised.
     """
-    maybe_unset = False
-    for flags in (("-Wconditional-uninitialized",), SPACES[1:]):
-        done = run_clang([*COMMON, *WARNINGS, *flags, SPACES[0], "-x", "c++", "-"], text)
-        maybe_unset |= "[-Wconditional-uninitialized]" in done.stderr
-        if done.returncode:
-            raise _compile_fault(done.stderr, name, "address-space" if flags == SPACES[1:] else None)
+    done = run_clang([*COMMON, *WARNINGS, *SUSPECT, *SYNTAX, "-"], text)
+    if done.returncode:
+        raise _compile_fault(done.stderr, name)
+    if found := _TO_BFLOAT.search(done.stderr):
+        file, line, message = found.groups()
+        raise Fault("compile", file, int(line), f"{message}; Metal wants a static_cast")
+    maybe_unset = "[-Wconditional-uninitialized]" in done.stderr
+    done = run_clang([*COMMON, *WARNINGS, *SYNTAX, "-DCHECK_ADDRESS_SPACES", "-"], text)
+    if done.returncode:
+        raise _compile_fault(done.stderr, name, "address-space")
     return ("-O0",) if maybe_unset else ("-O1",)
 
 
@@ -119,7 +131,7 @@ def kernel_library(text: str, name: str, checks: bool) -> Path:
         Fault: "address-space", "uninitialised", "compile" … : what clang says of the text.
     """
     flags = (*WARNINGS, *(CHECKED if checks else UNCHECKED))
-    path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SPACES)}.so"
+    path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SUSPECT)}.so"
     if not path.exists():
         _shared_object(path, text, (*flags, *(_check(text, name) if checks else ())), name)
     return path

@@ -38,7 +38,7 @@ class _Setup(ctypes.Structure):
         ("entry", _POINTER), ("image_low", ctypes.c_uint64), ("image_high", ctypes.c_uint64), ("buffers", _POINTER),
         ("buffer_count", ctypes.c_uint32), ("schedule", ctypes.c_uint32), ("seed", ctypes.c_uint64),
         ("group", ctypes.c_uint32 * 3), ("grid", ctypes.c_uint32 * 3), ("groups", _POINTER),
-        ("group_count", ctypes.c_uint64),
+        ("group_count", ctypes.c_uint64), ("seconds", ctypes.c_long),
     ]  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class Emulator:
         sample: how many threadgroups of a launch run at most; None: all. The first and the last are among them, outputs
             of others are NaN, or −1.
         checks: whether the kernel is checked; without, it runs several times as fast.
+        seconds: of processor time that a launch may take.
         records: of the launches, in order.
     """
 
@@ -99,6 +100,7 @@ class Emulator:
     seed: int = 0
     sample: int | None = None
     checks: bool = True
+    seconds: int = 300
     records: list[Record] = field(default_factory=list)
     name: str = "emulator"
 
@@ -139,13 +141,13 @@ class Emulator:
         setup = _Setup(
             entry, low, high, ctypes.cast(array, _POINTER), len(buffers), SCHEDULES.index(self.schedule), self.seed + 1,
             (ctypes.c_uint32 * 3)(*_threadgroup(launch)), (ctypes.c_uint32 * 3)(*launch.grid), groups.ctypes.data,
-            len(groups),
+            len(groups), self.seconds,
         )  # fmt: skip
         fault, accesses = _Fault(), ctypes.c_uint64()
         code = library.emulated_run(ctypes.byref(setup), ctypes.byref(fault), ctypes.byref(accesses))
         del kept
         if code == 1:
-            raise _as_fault(fault, path)
+            raise _as_fault(fault, path, launch.kernel.name)
         if code:
             raise MemoryError(f"{launch.kernel.name}: the emulator has no address space for the buffers ({code})")
         self.records.append(Record(launch.kernel.name, (len(groups), _count(launch)), accesses.value, written))
@@ -162,14 +164,14 @@ def _count(launch: Launch) -> int:
     return math.prod(-(-g // t) for g, t in zip(launch.grid, _threadgroup(launch), strict=True))
 
 
-def _as_fault(fault: _Fault, path: Path) -> Fault:
+def _as_fault(fault: _Fault, path: Path, kernel: str) -> Fault:
     message = fault.message.decode()
     file, line = fault.file.decode(), fault.line
     if fault.place:
         file, line = line_of(path, fault.place)
     if fault.other:
         message += " (the other at {}:{})".format(*line_of(path, fault.other))
-    return Fault(fault.kind.decode(), Path(file).name, line, message)
+    return Fault(fault.kind.decode(), Path(file).name or f"{kernel}.metal", line, message)
 
 
 def _bits(array: mx.array) -> np.ndarray:

@@ -23,6 +23,7 @@ struct Setup {  // as Python fills it
   u32 group[3], grid[3];  // threads of a group, threads in all
   const u64* groups;      // which run, in order
   u64 group_count;
+  long seconds;  // of processor time, at most
 };
 
 struct Context {  // clang's: shadows of parameters and results
@@ -177,7 +178,7 @@ static void describe(char* text, u64 size, const Fiber& f, u32 thread) {
   if (f.state == ENDED)
     snprintf(text, size, "thread %u has ended", thread);
   else
-    snprintf(text, size, "thread %u %s at line %d", thread, what[f.state], f.line);
+    snprintf(text, size, "thread %u %s at line %d", thread, what[f.state], f.line / 1024);
 }
 
 // All who live wait, and not for the same: says who keeps whom waiting.
@@ -195,7 +196,7 @@ static void record_stuck() {
   describe(one, sizeof one, a, waits);
   describe(two, sizeof two, R.fibers[other], other);
   snprintf(both, sizeof both, "%s, %s", one, two);
-  record(a.state == AT_EXCHANGE ? "inactive-lanes" : "divergent-barrier", both, nullptr, a.file, u32(a.line));
+  record(a.state == AT_EXCHANGE ? "inactive-lanes" : "divergent-barrier", both, nullptr, a.file, u32(a.line / 1024));
 }
 
 static u32 next_ready() {

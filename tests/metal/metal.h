@@ -46,7 +46,8 @@ using bfloat16_t = __bf16;
 #endif
 #define thread
 
-#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+// Where a call stands: its file, and line * 1024 + column.
+#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE() * 1024 + __builtin_COLUMN()
 #define EMULATED_INLINE inline __attribute__((always_inline))
 #define EMULATED_QUIET inline __attribute__((always_inline, nodebug))  // its lines are the caller's
 

@@ -18,6 +18,7 @@ struct EmulatedPositions {
 enum EmulatedExchange { EXCHANGE_RESULT = 512, EXCHANGE_DONE = 528, EXCHANGE_BYTES = 544 };
 
 extern "C" {
+// `line` is line * 1024 + column, so that two calls in one line are two places.
 // Blocks until every thread of the group (scope 0) or of the SIMD group (1) is at this place. order: bit 0 threadgroup
 // memory, bit 1 device memory.
 void emulated_barrier(int scope, int order, const char* file, int line);
@@ -30,6 +31,7 @@ unsigned emulated_lanes();  // lanes of this SIMD group, 32 but in the last one
 unsigned emulated_lane();
 void emulated_undefined(void* value, unsigned size);  // what is read here from now on is an uninitialised value
 void emulated_invalid(const char* what, const char* file, int line);  // does not return
+// Here `line` is the line.
 void* emulated_threadgroup(unsigned id, unsigned long size, unsigned element, const char* name, const char* file, int line);
 void emulated_atomic(const void* address, unsigned size, int writes);
 void emulated_atomic_end();
