@@ -21,9 +21,11 @@ MODULES: tuple[str, ...] = (
     "altup_predict",
     "altup_correct",
     "sparse_gelu",
+    "banded_attention",
     "flash_attention",
     "qk_norm_rope",
     "norm_gelu",
+    "depthwise_conv",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 
