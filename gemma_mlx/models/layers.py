@@ -9,6 +9,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from gemma_mlx.ops.clamp import clamp
 from gemma_mlx.ops.norm_residual import norm_residual
@@ -17,6 +18,11 @@ from gemma_mlx.ops.norm_residual import norm_residual
 def unit_range(pixels: mx.array) -> mx.array:
     """uint8 as float32 in [0, 1]; anything else as it is."""
     return pixels.astype(mx.float32) * np.float32(1 / 255) if pixels.dtype == mx.uint8 else pixels
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether a module is in training mode and has weights that train."""
+    return module.training and bool(tree_flatten(module.trainable_parameters()))
 
 
 class _Untrainable(set):

@@ -11,7 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.models.layers import RMSNorm, gelu_tanh, unit_range
+from gemma_mlx.models.layers import RMSNorm, trains, unit_range
+from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.depthwise_conv import depthwise_conv, same_padding
+from gemma_mlx.ops.flash_attention import flash_attention
+from gemma_mlx.ops.norm_gelu import norm_gelu
+from gemma_mlx.ops.norm_residual import norm_residual
 from gemma_mlx.spec_gemma3n import Gemma3nVisionSpec
 
 RESOLUTION = 16
@@ -44,12 +49,6 @@ def _divisible(value: float) -> int:
     return rounded + 8 if rounded < 0.9 * value else rounded
 
 
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis so that ceil(size / stride) outputs come of it; the odd one goes after."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
-
-
 class Conv(nn.Conv2d):
     """Convolution with "same" padding: x [N, H, W, C] -> [N, ceil(H / stride), ceil(W / stride), O]."""
 
@@ -62,6 +61,8 @@ class Conv(nn.Conv2d):
         kernel, stride = self.weight.shape[1], self.stride[0]
         if kernel == 1 and stride == 1:
             return x @ self.weight[:, 0, 0].T
+        if self.groups == x.shape[-1]:
+            return depthwise_conv(x, self.weight, stride)
         pads = [same_padding(n, kernel, stride) for n in x.shape[1:3]]
         return super().__call__(mx.pad(x, [(0, 0), *pads, (0, 0)]))
 
@@ -76,8 +77,8 @@ class ConvNorm(nn.Module):
         self.activate = activate
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.bn(self.conv(x))
-        return gelu_tanh(x) if self.activate else x
+        x = self.conv(x)
+        return norm_gelu(x, self.bn.weight, self.bn.eps) if self.activate else self.bn(x)
 
 
 class LayerScale(nn.Module):
@@ -102,8 +103,8 @@ class EdgeResidual(nn.Module):
         self.skip = stride == 1 and channels == out
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.bn2(self.conv_pwl(gelu_tanh(self.bn1(self.conv_exp(x)))))
-        return x + y if self.skip else y
+        y = self.conv_pwl(norm_gelu(self.conv_exp(x), self.bn1.weight, self.bn1.eps))
+        return self.bn2.onto(y, x) if self.skip else self.bn2(y)
 
 
 class InvertedResidual(nn.Module):
@@ -131,6 +132,9 @@ class InvertedResidual(nn.Module):
         y = self.dw_start(x) if "dw_start" in self else x
         y = self.pw_exp(y)
         y = self.dw_mid(y) if "dw_mid" in self else y
+        if self.skip and dispatch.runs("norm_residual"):
+            norm, gamma = self.pw_proj.bn, self.layer_scale.gamma
+            return norm_residual(self.pw_proj.conv(y), x, (norm.weight * gamma).astype(x.dtype), norm.eps)
         y = self.pw_proj(y)
         y = self.layer_scale(y) if "layer_scale" in self else y
         return x + y if self.skip else y
@@ -153,7 +157,10 @@ class Projection(nn.Module):
 
 
 class MultiQueryAttention(nn.Module):
-    """Many query heads on one key and value head, over all pixels (timm's ``MultiQueryAttention2d``)."""
+    """Many query heads on one key and value head, over all pixels (timm's ``MultiQueryAttention2d``).
+
+    Called with x [N, H, W, channels]; `differentiated`: whether no scores are to be kept for a gradient.
+    """
 
     def __init__(self, channels: int, heads: int, size: int, stride: int):
         super().__init__()
@@ -163,12 +170,16 @@ class MultiQueryAttention(nn.Module):
         self.value = Projection(channels, size, stride)
         self.output = Projection(heads * size, channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, differentiated: bool = False) -> mx.array:
         n, height, width, _ = x.shape
-        q = self.query(x).reshape(n, height * width, self.heads, self.size).swapaxes(1, 2)
-        k, v = (part(x).reshape(n, 1, -1, self.size) for part in (self.key, self.value))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.size**-0.5)
-        return self.output(out.swapaxes(1, 2).reshape(n, height, width, -1))
+        q = self.query(x).reshape(n, height * width, self.heads, self.size)
+        k, v = (part(x).reshape(n, -1, 1, self.size) for part in (self.key, self.value))
+        if differentiated:
+            out = flash_attention(q, k, v, self.size**-0.5)
+        else:
+            q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.size**-0.5).swapaxes(1, 2)
+        return self.output(out.reshape(n, height, width, -1))
 
 
 class AttentionBlock(nn.Module):
@@ -180,8 +191,8 @@ class AttentionBlock(nn.Module):
         self.attn = MultiQueryAttention(channels, heads, size, stride)
         self.layer_scale = LayerScale(channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return x + self.layer_scale(self.attn(self.norm(x)))
+    def __call__(self, x: mx.array, differentiated: bool = False) -> mx.array:
+        return x + self.layer_scale(self.attn(self.norm(x), differentiated))
 
 
 def _upsampled(x: mx.array, height: int, width: int) -> mx.array:
@@ -238,10 +249,11 @@ class MobileNetV5(nn.Module):
     def stages(self, x: mx.array) -> list[mx.array]:
         """What comes out of the stem and of each stage, [N, h, w, channels] each."""
         outputs = [self.conv_stem(x.astype(self.conv_stem.conv.weight.dtype))]
+        attended = (trains(self),)
         for stage in self.blocks:
             x = outputs[-1]
             for block in stage:
-                x = block(x)
+                x = block(x, *(attended if isinstance(block, AttentionBlock) else ()))
             outputs.append(x)
         return outputs
 

@@ -11,7 +11,13 @@ import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.lanes import pause
-from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, gelu_tanh, unit_range
+from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, trains, unit_range
+from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.flash_attention import flash_attention
+from gemma_mlx.ops.gated_gelu import gated_gelu
+from gemma_mlx.ops.qk_norm_rope import qk_norm_rope
+
+Rope = tuple[mx.array, mx.array]
 
 
 def soft_token_index(image_position_ids: np.ndarray | mx.array, pooling: int) -> np.ndarray:
@@ -86,15 +92,12 @@ def axial_rope(position_ids: mx.array, head_dim: int, theta: float, dtype: mx.Dt
     return mx.cos(angle).astype(dtype), mx.sin(angle).astype(dtype)
 
 
-def apply_axial_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate heads x [N, P, heads, head_dim]; within each half, element i pairs with i + head_dim / 4."""
-    parts = x.reshape(*x.shape[:-1], 2, 2, x.shape[-1] // 4)
-    a, b = parts[..., 0, :], parts[..., 1, :]
-    return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).reshape(x.shape)
-
-
 class VisionAttention(nn.Module):
-    """All-to-all attention among a picture's patches (transformers' ``Gemma4VisionAttention``), scale 1."""
+    """All-to-all attention among a picture's patches (transformers' ``Gemma4VisionAttention``), scale 1.
+
+    Called with x [N, P, hidden_size]; rope: cos and sin, as `axial_rope` gives them; mask: additive, [N, 1, 1, P];
+    lengths: int [N], patches that are no padding, which lies behind them, to keep no scores for a gradient, or None.
+    """
 
     def __init__(self, spec):
         super().__init__()
@@ -108,12 +111,14 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
         self.v_norm = RMSNorm(self.head_dim, spec.rms_norm_eps, with_scale=False)
 
-    def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, mask: mx.array, lengths: mx.array | None = None) -> mx.array:
         n, p, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(n, p, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).reshape(n, p, self.kv_heads, self.head_dim))
-        v = self.v_norm(self.v_proj(x).reshape(n, p, self.kv_heads, self.head_dim))
-        q, k = apply_axial_rope(q, *rope), apply_axial_rope(k, *rope)
+        q = self.q_proj(x).reshape(n, p, self.heads, self.head_dim)
+        k = self.k_proj(x).reshape(n, p, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(n, p, self.kv_heads, self.head_dim)
+        q, k, v = qk_norm_rope(q, k, v, self.q_norm.weight, self.k_norm.weight, *rope, self.q_norm.eps)
+        if lengths is not None:
+            return self.o_proj(flash_attention(q, k, v, 1.0, lengths).reshape(n, p, -1))
         q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(n, p, -1))
@@ -130,7 +135,7 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(inner, hidden, clip)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionEncoderLayer(nn.Module):
@@ -143,9 +148,9 @@ class VisionEncoderLayer(nn.Module):
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             setattr(self, f"{name}_layernorm", RMSNorm(spec.hidden_size, spec.rms_norm_eps))
 
-    def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
-        x = pause(x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, mask)))
-        return pause(x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+    def __call__(self, x: mx.array, *among: Rope | mx.array | None) -> mx.array:
+        x = pause(self.post_attention_layernorm.onto(self.self_attn(self.input_layernorm(x), *among), x))
+        return pause(self.post_feedforward_layernorm.onto(self.mlp(self.pre_feedforward_layernorm(x)), x))
 
 
 class VisionEncoder(nn.Module):
@@ -155,9 +160,10 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = [VisionEncoderLayer(spec) for _ in range(spec.num_hidden_layers)]
 
-    def __call__(self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, *among: Rope | mx.array | None) -> mx.array:
+        """x [N, P, hidden_size] through all layers; `among`: what `VisionAttention` takes beside its x."""
         for layer in self.layers:
-            x = layer(x, rope, mask)
+            x = layer(x, *among)
         return x
 
 
@@ -215,7 +221,13 @@ class VisionTower(BufferModule):
         # A large finite number: with −inf a picture of padding only would give NaN, also in gradients.
         mask = mx.where(padding, mx.finfo(x.dtype).min / 2, 0).astype(x.dtype)[:, None, None, :]
         rope = axial_rope(positions, self.head_dim, self.theta, x.dtype)
-        return self._pool(self.encoder(x, rope, mask))
+        return self._pool(self.encoder(x, rope, mask, self._lengths(padding)))
+
+    def _lengths(self, padding: mx.array) -> mx.array | None:
+        """int [N], where attention is to be differentiated by a kernel; elsewhere MLX's own is as good or better."""
+        if trains(self) and dispatch.runs("flash_attention"):
+            return (~padding).sum(axis=1).astype(mx.int32)
+        return None
 
     def _ordered(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Embedded patches in the order of pooling cells, filled up to whole cells with padding."""
