@@ -83,7 +83,7 @@ _KINDS = {
 
 
 _TO_BFLOAT = re.compile(
-    r"^([^:\n]+):(\d+):\d+: warning: (implicit conversion .*loses floating-point precision: .* to '[^']*(?:bfloat|__bf16)"
+    r"^([^:\n]+):(\d+):\d+: warning: (implicit conversion .*precision: .* to '[^']*(?:bfloat|__bf16)"
     r"[^']*'.*)$",
     re.MULTILINE,
 )

@@ -113,7 +113,7 @@ class Emulator:
         count = _count(launch)
         picked, chance = range(count), random.Random(self.seed)
         if self.sample is not None and self.sample < count:
-            picked = sorted({0, count - 1, *chance.sample(range(count), self.sample)})[: max(self.sample, 1)]
+            picked = sorted([0, count - 1, *chance.sample(range(1, count - 1), max(self.sample - 2, 0))])[: self.sample]
         picked = list(picked)
         if self.schedule == "lifo":
             picked.reverse()

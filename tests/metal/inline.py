@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from gemma_mlx.ops import dispatch
-from gemma_mlx.ops.kernel import Kernel, Template, Triple
+from gemma_mlx.ops.kernel import Kernel, Launch, Template, Triple
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,11 @@ def launch(
     atomic: bool = False,
     name: str = "inline",
 ) -> list[mx.array]:
-    """Outputs (name -> shape, dtype) of a kernel of that text on the emulator."""
+    """Outputs (name -> shape, dtype) of a kernel of that text. Threadgroups at the grid's ends may be partial."""
     kernel = Inline(name, tuple(inputs), tuple(outputs), atomic=atomic, text=text, header_text=header)
-    with dispatch.using(emulator):
-        return kernel(
-            list(inputs.values()), template=template or {}, grid=grid, threadgroup=threadgroup,
-            shapes=[shape for shape, _ in outputs.values()], dtypes=[dtype for _, dtype in outputs.values()], init=init,
-        )  # fmt: skip
+    shapes, dtypes = tuple(shape for shape, _ in outputs.values()), tuple(dtype for _, dtype in outputs.values())
+    arrays = tuple(inputs.values())
+    return emulator.run(Launch(kernel, arrays, dict(template or {}), grid, threadgroup, shapes, dtypes, init))
 
 
 def only(made: Sequence[mx.array]) -> mx.array:
