@@ -5,7 +5,6 @@ Within 1e-4, float32: kernels round once where plain MLX rounds after each opera
 
 from functools import partial
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
