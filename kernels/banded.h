@@ -36,6 +36,12 @@ inline float softplus(float x) {
 // tanh; beyond 15 it is 1 in float32, and the bound keeps fast forms of it away from infinities.
 inline float bounded_tanh(float x) { return metal::tanh(metal::clamp(x, -15.0f, 15.0f)); }
 
+// Its slope, without the difference of 1 and almost 1.
+inline float tanh_slope(float x) {
+  const float small = metal::exp(-2.0f * metal::abs(x));
+  return 4.0f * small / ((1.0f + small) * (1.0f + small));
+}
+
 // Whether a frame attends to a key.
 template <bool MASKED, typename Valid>
 inline bool attends(Valid valid, uint row, int frame, int key, int frames) {

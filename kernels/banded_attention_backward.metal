@@ -77,7 +77,7 @@ for (uint i = 0; i < EACH; ++i) {
   const float total = simd_sum(part);
   const float share = total > 0.0f ? part / total : 0.0f;
   const float mean = simd_sum(share * along[i]);
-  scores[i] = share * (along[i] - mean) * (1.0f - bent * bent);
+  scores[i] = share * (along[i] - mean) * tanh_slope(scores[i] / cap);
   if (lane < WINDOW) {
     shares[(mine + i) * WINDOW + lane] = share;
     pulls[(mine + i) * WINDOW + lane] = scores[i];

@@ -89,7 +89,7 @@ for (uint n = 0; n < TILES; ++n) {
     const float total = simd_sum(weight);
     const float share = total > 0.0f ? weight / total : 0.0f;
     const float mean = simd_sum(share * along[i]);
-    scores[i] = share * (along[i] - mean) * (1.0f - bent * bent);
+    scores[i] = share * (along[i] - mean) * tanh_slope(scores[i] / cap);
     if (lane < WINDOW) {
       pulls[(mine + i) * WINDOW + lane] = scores[i];
     }

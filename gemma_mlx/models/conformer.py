@@ -1,4 +1,4 @@
-"""What the audio towers of all families share: banded attention, causal convolution, tables of distances.
+"""What the audio towers of all families share: causal convolution, tables of distances.
 
 The families import these from here and never from each other.
 """
@@ -6,6 +6,6 @@ The families import these from here and never from each other.
 from __future__ import annotations
 
 from gemma_mlx.models.gemma4.audio import _limited as limited
-from gemma_mlx.models.gemma4.audio import banded_attention, depthwise_causal_conv, relative_positions
+from gemma_mlx.models.gemma4.audio import depthwise_causal_conv, relative_positions
 
-__all__ = ["banded_attention", "depthwise_causal_conv", "limited", "relative_positions"]
+__all__ = ["depthwise_causal_conv", "limited", "relative_positions"]

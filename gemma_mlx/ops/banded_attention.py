@@ -146,8 +146,8 @@ def block(kernel: Kernel, window: int, size: int, itemsize: int) -> int:
     """Frames of a kernel's block: what fills its eight SIMD groups evenly and fits; more move fewer bytes."""
     halo = window - 1 if kernel is BACKWARD else 0
     most = 64 if kernel is BACKWARD and size <= 128 else 48 if kernel is BACKWARD else 32
-    fitting = [r - halo for r in range(8, most + 1, 8) if memory(kernel, r - halo, window, size, itemsize) <= MOST_MEMORY]
-    return max(fitting, default=0)
+    sizes = (r - halo for r in range(8, most + 1, 8) if r > halo)
+    return max((r for r in sizes if memory(kernel, r, window, size, itemsize) <= MOST_MEMORY), default=0)
 
 
 def _launch(

@@ -11,7 +11,7 @@ from gemma_mlx.ops.banded_attention import BACKWARD, FORWARD, OP, RELATIVE, bloc
 
 def exact(q, k, v, relative, per_dim_scale, valid, cap, query_factor, key_factor):
     """Distances one by one; frames that see nothing average the frames of their block and of the one before."""
-    clips, frames, heads, size = q.shape
+    clips, frames, _, size = q.shape
     window = relative.shape[0]
     q = q * query_factor * torch.nn.functional.softplus(per_dim_scale)
     time = torch.arange(frames)
@@ -49,15 +49,14 @@ def ragged(*lengths, frames):
 ALL = (0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [12, 13])
+@pytest.mark.parametrize(("dtype", "window"), [*((d, 13) for d in DTYPES), (mx.float32, 12)], ids=str)
 def test_ragged_clips(dtype, window):
     """Two blocks of every kernel; a clip that ends early, one with nothing valid at all."""
     arguments = given(3, 41, 2, 16, window, ragged(41, 17, 0, frames=41))
     check(OP, arguments, exact, ALL, dtype, SCHEDULES)
 
 
-@pytest.mark.parametrize("size", [1, 8, 31, 32, 33, 65])
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 65])
 def test_heads_around_a_simd_group(size):
     check(OP, given(1, 9, 1, size, 4), exact, ALL, mx.float32, SCHEDULES[:1])
 
@@ -78,9 +77,9 @@ def test_windows(window):
 
 
 def test_far_scores_saturate():
-    """Scores of hundreds under a cap of 5: tanh is ±1, and its slope 0, exactly."""
+    """Scores of hundreds under a cap of 5, beside usual ones: tanh is ±1, and its slope 0, exactly."""
     arguments = given(1, 13, 1, 8, 12)
-    arguments[0] *= 1e3
+    arguments[0][:, :6] *= 1e3
     check(OP, arguments, exact, ALL, mx.float32, SCHEDULES[:1])
 
 
@@ -88,6 +87,7 @@ def test_scales_far_from_zero():
     """softplus keeps its relative precision where e^x is below float32's last bit beside 1."""
     arguments = given(1, 5, 1, 8, 3)
     arguments[4] = np.array([-30.0, -12.0, -5.0, -4.6, -4.7, 0.0, 12.0, 30.0])
+    arguments[0][..., -2:] *= 0.03  # else all scores saturate
     check(OP, arguments, exact, ALL, mx.float32, SCHEDULES[:1])
 
 

@@ -11,8 +11,9 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.conformer import banded_attention, depthwise_causal_conv, limited, relative_positions
+from gemma_mlx.models.conformer import depthwise_causal_conv, limited, relative_positions
 from gemma_mlx.models.layers import RMSNorm
+from gemma_mlx.ops.banded_attention import banded_attention
 from gemma_mlx.spec_gemma3n import Gemma3nAudioSpec
 
 
@@ -107,11 +108,10 @@ class LocalAttention(nn.Module):
     def __call__(self, x: mx.array, valid: mx.array) -> mx.array:
         split = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (p(x).reshape(split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = q * (self.head_dim**-0.5 / math.log(2) * nn.softplus(self.per_dim_scale)).astype(q.dtype)
         table = relative_positions(self.window - 1, x.shape[-1], x.dtype)
         relative = self.relative_position_embedding.pos_proj(table).reshape(self.window, self.heads, self.head_dim)
-        arrays = (a.astype(mx.float32) for a in (q, k, v, relative))
-        return banded_attention(*arrays, valid, self.cap, float(mx.finfo(mx.float32).min)).astype(x.dtype)
+        factor = self.head_dim**-0.5 / math.log(2)
+        return banded_attention(q, k, v, relative, self.per_dim_scale, valid, self.cap, factor)
 
 
 class ConformerAttention(nn.Module):
