@@ -16,7 +16,7 @@ inline void load_tile(Tile tile, Source source, uint base, uint stride, uint fir
 
 // products[i][j] = row i of a lane's four (from a_row) of tile a times row lane + 16 j of tile b, over D.
 template <uint D, uint C, typename A, typename B>
-inline void tile_products(A a, B b, uint a_row, uint lane, float (&products)[4][C]) {
+inline void tile_products(A a, B b, uint a_row, uint lane, thread float (&products)[4][C]) {
   for (uint i = 0; i < 4; ++i) {
     for (uint j = 0; j < C; ++j) {
       products[i][j] = 0.0f;
@@ -39,7 +39,7 @@ inline void tile_products(A a, B b, uint a_row, uint lane, float (&products)[4][
 // sums[i][j] += weights of row a_row + i times column lane + 16 j of the tile, over its COLS rows. Columns behind the
 // last repeat it and are not written by who called.
 template <uint D, uint COLS, uint W, typename Weights, typename Tile>
-inline void add_rows(Weights weights, Tile tile, uint a_row, uint lane, float (&sums)[4][W]) {
+inline void add_rows(Weights weights, Tile tile, uint a_row, uint lane, thread float (&sums)[4][W]) {
   for (uint c = 0; c < COLS; ++c) {
     float right[W];
     for (uint j = 0; j < W; ++j) {

@@ -8,7 +8,8 @@ inline uint pair_start(uint pair) {
 }
 
 template <uint D, uint PAIRS, typename Source>
-inline void load_pairs(Source source, uint base, uint lane, bool wanted, float (&a)[PAIRS], float (&b)[PAIRS]) {
+inline void load_pairs(Source source, uint base, uint lane, bool wanted, thread float (&a)[PAIRS],
+                       thread float (&b)[PAIRS]) {
   for (uint j = 0; j < PAIRS; ++j) {
     const uint pair = lane + 32 * j;
     a[j] = 0.0f;
@@ -21,8 +22,8 @@ inline void load_pairs(Source source, uint base, uint lane, bool wanted, float (
 }
 
 template <typename T, uint D, uint PAIRS, typename Target>
-inline void store_pairs(Target target, uint base, uint lane, bool wanted, const float (&a)[PAIRS],
-                        const float (&b)[PAIRS]) {
+inline void store_pairs(Target target, uint base, uint lane, bool wanted, const thread float (&a)[PAIRS],
+                        const thread float (&b)[PAIRS]) {
   for (uint j = 0; j < PAIRS; ++j) {
     const uint pair = lane + 32 * j;
     if (wanted && pair < D / 2) {
@@ -34,8 +35,8 @@ inline void store_pairs(Target target, uint base, uint lane, bool wanted, const 
 
 // Turns pairs by the angles of a row of cosines and sines [D / 2]; `way` -1 turns them back.
 template <uint D, uint PAIRS, typename Table>
-inline void turn_pairs(Table cosines, Table sines, uint base, uint lane, bool wanted, float way, float (&a)[PAIRS],
-                       float (&b)[PAIRS]) {
+inline void turn_pairs(Table cosines, Table sines, uint base, uint lane, bool wanted, float way,
+                       thread float (&a)[PAIRS], thread float (&b)[PAIRS]) {
   for (uint j = 0; j < PAIRS; ++j) {
     const uint pair = lane + 32 * j;
     if (wanted && pair < D / 2) {
@@ -49,8 +50,8 @@ inline void turn_pairs(Table cosines, Table sines, uint base, uint lane, bool wa
 }
 
 template <uint PAIRS>
-inline float pairs_dot(const float (&a)[PAIRS], const float (&b)[PAIRS], const float (&c)[PAIRS],
-                       const float (&d)[PAIRS]) {
+inline float pairs_dot(const thread float (&a)[PAIRS], const thread float (&b)[PAIRS], const thread float (&c)[PAIRS],
+                       const thread float (&d)[PAIRS]) {
   float sum = 0.0f;
   for (uint j = 0; j < PAIRS; ++j) {
     sum += a[j] * c[j] + b[j] * d[j];
@@ -60,7 +61,7 @@ inline float pairs_dot(const float (&a)[PAIRS], const float (&b)[PAIRS], const f
 
 // Pairs times a factor and the weight of their values.
 template <uint D, uint PAIRS, typename Weight>
-inline void weigh_pairs(Weight weight, float factor, uint lane, float (&a)[PAIRS], float (&b)[PAIRS]) {
+inline void weigh_pairs(Weight weight, float factor, uint lane, thread float (&a)[PAIRS], thread float (&b)[PAIRS]) {
   for (uint j = 0; j < PAIRS; ++j) {
     const uint pair = lane + 32 * j;
     if (pair < D / 2) {

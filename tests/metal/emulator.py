@@ -14,7 +14,7 @@ import numpy as np
 from metal.compiler import kernel_library, runtime_library
 from metal.fault import Fault
 from metal.lines import line_of
-from metal.source import Source, source, translation_unit
+from metal.source import Source, check_spelling, source, translation_unit
 
 from gemma_mlx.ops.kernel import Launch
 
@@ -131,6 +131,7 @@ class Emulator:
         if not 0 < threads <= MOST_THREADS:
             message = f"{threads} threads in a group; there are 1 to {MOST_THREADS}"
             raise Fault("threads", f"{launch.kernel.name}.metal", 0, message)
+        check_spelling(launch)
         made = source(launch)
         path = kernel_library(translation_unit(launch, made), launch.kernel.name, self.checks)
         library = _runtime(runtime_library())

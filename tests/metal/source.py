@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+from metal.fault import Fault
+from metal.spelling import refused
 
 from gemma_mlx.ops.kernel import Launch, metal, text_of
 
@@ -100,6 +102,19 @@ def source(launch: Launch) -> Source:
         text[:header].count("\n") + 1 if header >= 0 else 0,
         text[: closing + 4].count("\n") + 1,
     )
+
+
+def check_spelling(launch: Launch) -> None:
+    """
+    Raises:
+        Fault: "compile": the kernel's text has what Metal's compiler refuses and clang would take.
+    """
+    kernel = launch.kernel
+    types = tuple(name for name, value in launch.template.items() if isinstance(value, mx.Dtype))
+    texts = [(file, text_of(file), True) for file in kernel.headers] or [(f"{kernel.name}.h", kernel.header, True)]
+    for file, text, header in [*texts, (f"{kernel.name}.metal", kernel.body, False)]:
+        if found := refused(text, header, types):
+            raise Fault("compile", file, *found)
 
 
 def _parts(launch: Launch, made: Source) -> dict[int, tuple[str, int]]:

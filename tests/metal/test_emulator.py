@@ -94,6 +94,25 @@ CASES = {
 }  # fmt: skip
 
 
+REFUSED = {
+    "inline float f(float* p) { return *p; }": "inline float f(thread float* p) { return *p; }",
+    "\ninline float f(float (&p)[2]) { return p[0]; }": "\ninline float f(thread float (&p)[2]) { return p[0]; }",
+    "template <typename P>\nfloat f(P& p) { return p[0]; }": "template <typename P>\nfloat f(P p) { return p[0]; }",
+    "constexpr float two = 2.0f;\nfloat f(const thread float* p) { return two * *p; }":
+        "constant constexpr float two = 2.0f;\nfloat f(const thread float* p) { return two * float(*p); }",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", REFUSED)
+def test_what_only_metal_refuses(bad):
+    text = WHERE + "float a[2] = {x[i], x[i]};\nout[i] = f(a);"
+    run(text, header=REFUSED[bad])
+    with pytest.raises(Fault) as found:
+        run(text, header=bad)
+    line = 1 + next(k for k, s in enumerate(bad.split("\n")) if "*" in s or "&" in s or "two" in s)
+    assert (found.value.kind, found.value.file, found.value.line) == ("compile", "inline.h", line)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_fault_is_told_and_its_twin_runs(case, schedule):
