@@ -143,8 +143,18 @@ INLINE Shadow touch(u64 at, u64 size, const void* place) {
   EXPORT Shadow __msan_metadata_ptr_for_load_##N(void* at) { return touch<false>(u64(at), N, PLACE); }  \
   EXPORT Shadow __msan_metadata_ptr_for_store_##N(void* at) { return touch<true>(u64(at), N, PLACE); }
 SIZED(1) SIZED(2) SIZED(4) SIZED(8)
-EXPORT Shadow __msan_metadata_ptr_for_load_n(void* at, u64 n) { return touch<false>(u64(at), n, PLACE); }
-EXPORT Shadow __msan_metadata_ptr_for_store_n(void* at, u64 n) { return touch<true>(u64(at), n, PLACE); }
+// Only vectors are that long, and those lie at multiples of 16 bytes.
+INLINE void check_vector(u64 at, u64 n, const void* place) {
+  if (n >= 16 && at % 16) fail("alignment", "a vector at an address that is no multiple of 16", place);
+}
+EXPORT Shadow __msan_metadata_ptr_for_load_n(void* at, u64 n) {
+  check_vector(u64(at), n, PLACE);
+  return touch<false>(u64(at), n, PLACE);
+}
+EXPORT Shadow __msan_metadata_ptr_for_store_n(void* at, u64 n) {
+  check_vector(u64(at), n, PLACE);
+  return touch<true>(u64(at), n, PLACE);
+}
 EXPORT Context* __msan_get_context_state() { return &R.context; }
 EXPORT void __msan_poison_alloca(void* at, u64 size, const char*) {
   memset(M.stacks_shadow + ((u8*)at - M.stacks), 0xFF, size);

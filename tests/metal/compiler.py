@@ -22,6 +22,7 @@ COMMON = (
 )  # fmt: skip
 UNDEFINED = "bounds,local-bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,alignment"
 CHECKED = (
+    "-mllvm", "-inline-threshold=100000",
     "-fsanitize=kernel-memory", "-fno-sanitize-memory-param-retval", "-mllvm", "-msan-track-origins=0",
     f"-fsanitize={UNDEFINED}", f"-fno-sanitize-trap={UNDEFINED}",
 )  # fmt: skip
@@ -124,14 +125,15 @@ def _check(text: str, name: str) -> tuple[str, ...]:
     return ("-O0",) if maybe_unset else ("-O1",)
 
 
-def kernel_library(text: str, name: str, checks: bool) -> Path:
-    """The kernel's shared object.
+def kernel_library(text: str, name: str, checks: bool, optimise: bool = True) -> Path:
+    """The kernel's shared object. `optimise`: where that hides nothing.
 
     Raises:
         Fault: "address-space", "uninitialised", "compile" … : what clang says of the text.
     """
     flags = (*WARNINGS, *(CHECKED if checks else UNCHECKED))
-    path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SUSPECT)}.so"
+    path = cache_folder() / f"{name[:40]}_{_key(text, _texts(PRELUDE), COMMON, flags, SUSPECT, optimise)}.so"
     if not path.exists():
-        _shared_object(path, text, (*flags, *(_check(text, name) if checks else ())), name)
+        level = _check(text, name) if checks else ()
+        _shared_object(path, text, (*flags, *(level if optimise else ("-O0",))), name)
     return path

@@ -92,6 +92,8 @@ class Emulator:
         sample: how many threadgroups of a launch run at most; None: all. The first and the last are among them, outputs
             of others are NaN, or −1.
         checks: whether the kernel is checked; without, it runs several times as fast.
+        optimise: False runs each statement as it is written, at a third of the speed: otherwise a private value that
+            is never set may be optimised away before it is seen. None: True where a sample runs.
         seconds: of processor time that a launch may take.
         records: of the launches, in order.
     """
@@ -100,6 +102,7 @@ class Emulator:
     seed: int = 0
     sample: int | None = None
     checks: bool = True
+    optimise: bool | None = None
     seconds: int = 300
     records: list[Record] = field(default_factory=list)
     name: str = "emulator"
@@ -133,7 +136,10 @@ class Emulator:
             raise Fault("threads", f"{launch.kernel.name}.metal", 0, message)
         check_spelling(launch)
         made = source(launch)
-        path = kernel_library(translation_unit(launch, made), launch.kernel.name, self.checks)
+        optimise = self.sample is not None if self.optimise is None else self.optimise
+        path = kernel_library(
+            translation_unit(launch, made), launch.kernel.name, self.checks, optimise or not self.checks
+        )
         library = _runtime(runtime_library())
         _, entry, low, high = _kernel(path)
         buffers, outputs, written, kept = _buffers(launch, made)

@@ -48,6 +48,8 @@ CASES = {
     "output read": ("uninitialised", 3, "out[i] += x[i];", "out[i] = x[i];\nout[i] += x[i];"),
     "decides": ("uninitialised", 4, "int a[2]; a[i % 2] = 1;\nout[i] = x[a[0]];",
                 "int a[2]; a[i % 2] = 1;\nout[i] = x[a[i % 2]];"),
+    "some of an array": ("uninitialised", 5, "float a[2];\nif (x[i] > 100.0f) a[1] = 1.0f;\nout[i] = a[1];",
+                         "float a[2];\nif (x[i] < 100.0f) a[1] = 1.0f;\nout[i] = a[1];"),
     "loop that may not run": ("uninitialised", 5, "float a;\nfor (uint k = 0; k < i; ++k) a = x[k];\nout[i] = a;",
                               "float a;\nfor (uint k = 0; k <= i; ++k) a = x[k];\nout[i] = a;"),
     "no barrier": (
