@@ -1,11 +1,15 @@
-"""What the audio towers of all families share: causal convolution, tables of distances.
-
-The families import these from here and never from each other.
-"""
+"""What the audio towers of all families share."""
 
 from __future__ import annotations
 
-from gemma_mlx.models.gemma4.audio import _limited as limited
-from gemma_mlx.models.gemma4.audio import depthwise_causal_conv, relative_positions
+import math
 
-__all__ = ["depthwise_causal_conv", "limited", "relative_positions"]
+import mlx.core as mx
+import numpy as np
+
+
+def relative_positions(distances: int, dims: int, dtype: mx.Dtype) -> mx.array:
+    """[distances + 1, dims] sinusoids of distance `distances` … 0: sines, then cosines, of dims / 2 rates 1 … 1e-4."""
+    rates = np.exp(np.arange(dims // 2) * (-math.log(1e4) / max(dims // 2 - 1, 1)))
+    angle = np.arange(distances, -1, -1)[:, None] * rates
+    return mx.array(np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)).astype(dtype)

@@ -22,6 +22,7 @@ MODULES: tuple[str, ...] = (
     "altup_correct",
     "sparse_gelu",
     "banded_attention",
+    "glu_conv",
     "flash_attention",
     "qk_norm_rope",
     "norm_gelu",

@@ -11,9 +11,10 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from gemma_mlx.models.conformer import depthwise_causal_conv, limited, relative_positions
+from gemma_mlx.models.conformer import relative_positions
 from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.ops.banded_attention import banded_attention
+from gemma_mlx.ops.glu_conv import glu_conv, limited
 from gemma_mlx.spec_gemma3n import Gemma3nAudioSpec
 
 
@@ -144,9 +145,8 @@ class LightConv(nn.Module):
         self.limit = spec.gradient_clipping
 
     def __call__(self, x: mx.array) -> mx.array:
-        value, gate = mx.split(self.linear_start(self.pre_layer_norm(x)), 2, axis=-1)
-        y = depthwise_causal_conv(value * mx.sigmoid(gate), self.depthwise_conv1d.weight)
-        return x + self.linear_end(nn.silu(self.conv_norm(limited(y, self.limit))))
+        y, norm = self.linear_start(self.pre_layer_norm(x)), self.conv_norm
+        return x + self.linear_end(glu_conv(y, self.depthwise_conv1d.weight, norm.weight, norm.eps, self.limit))
 
 
 class ConformerBlock(nn.Module):
