@@ -111,6 +111,36 @@ def _together(made: mx.array, like: mx.array) -> mx.array:
     return made.reshape(batch, length, heads, -1, size).sum(axis=3).astype(like.dtype)
 
 
+def gradients(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cotangent: mx.array,
+    out: mx.array,
+    sums: mx.array,
+    lengths: mx.array,
+    scale: float,
+    deltas: mx.array | None = None,
+) -> list[mx.array]:
+    """Those of q, k and v by the kernels.
+
+    Args:
+        q, k, v, scale: as `flash_attention`'s.
+        cotangent, out: of and as its result.
+        sums: float32 [B, H, N], logarithms of the softmax's denominators.
+        lengths: int32 [B, 2], queries and keys that count.
+        deltas: float32 [B, H, N], sums of cotangent · out over a head; by default the queries' launch gives them.
+    """
+    constants = mx.array([scale], mx.float32)
+    given = [q, k, v, out, cotangent, sums, lengths, constants]
+    d_q, made = _launch(QUERIES, given, q.shape[1], [q.shape, sums.shape], [q.dtype, mx.float32])
+    kind = q.dtype if q.shape[2] == k.shape[2] else mx.float32
+    shape = (*k.shape[:2], *q.shape[2:])
+    given = [q, k, v, cotangent, sums, made if deltas is None else deltas, lengths, constants]
+    d_k, d_v = _launch(KEYS, given, k.shape[1], [shape] * 2, [kind] * 2, S=kind)
+    return [d_q, _together(d_k, k), _together(d_v, v)]
+
+
 def _launched(scale: float):
     """The op of q, k, v and lengths [B, 2] (queries, keys); keeps them, its result and a number for each query."""
     constants = mx.array([scale], mx.float32)
@@ -121,15 +151,8 @@ def _launched(scale: float):
         return _launch(FORWARD, [q, k, v, lengths, constants], q.shape[1], shapes, dtypes)
 
     def backward(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        q, k, v, lengths = inputs
-        out, sums = outputs
-        given = [q, k, v, out, cotangents[0], sums, lengths, constants]
-        d_q, deltas = _launch(QUERIES, given, q.shape[1], [q.shape, sums.shape], [q.dtype, mx.float32])
-        kind = q.dtype if q.shape[2] == k.shape[2] else mx.float32
-        shape = (*k.shape[:2], *q.shape[2:])
-        given = [q, k, v, cotangents[0], sums, deltas, lengths, constants]
-        d_k, d_v = _launch(KEYS, given, k.shape[1], [shape] * 2, [kind] * 2, S=kind)
-        return [d_q, _together(d_k, k), _together(d_v, v), mx.zeros_like(lengths)]
+        made = gradients(*inputs[:3], cotangents[0], *outputs, inputs[3], scale)
+        return [*made, mx.zeros_like(inputs[3])]
 
     return custom_function(forward, backward)
 

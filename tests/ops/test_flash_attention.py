@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import torch
 from harness import DTYPES, SCHEDULES, check
+from metal.emulator import Emulator
 
-from gemma_mlx.ops.flash_attention import FORWARD, KEYS, MOST_MEMORY, OP, QUERIES, flash_attention, memory, moved, tiles
+from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.flash_attention import (
+    FORWARD,
+    KEYS,
+    MOST_MEMORY,
+    OP,
+    QUERIES,
+    flash_attention,
+    gradients,
+    memory,
+    moved,
+    tiles,
+)
 
 ROWS, COLUMNS = tiles(FORWARD, 8, 4)
 
@@ -100,3 +113,23 @@ def test_real_size(dtype):
     q, k, v = given(*[(1, 2520, 12, 64)] * 3)
     lengths = np.array([2304], np.int32)
     check(flash_attention, [q, k, v, 0.125, lengths], exact, (), dtype, SCHEDULES[:1], sample=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_real_size_backward(dtype):
+    """The gradients' launches, given what the whole forward would have given them."""
+    arrays = [mx.array(a.astype(np.float32)).astype(dtype) for a in given(*[(1, 2520, 12, 64)] * 4)]
+    leaves = [torch.tensor(harness.numbers(a), requires_grad=True) for a in arrays[:3]]
+    pull, lengths = torch.tensor(harness.numbers(arrays[3])), torch.tensor([2304])
+    out = exact(*leaves, 0.125, lengths)
+    expected = torch.autograd.grad(out, leaves, pull)
+    with torch.no_grad():
+        scores = torch.einsum("bnhd,bmhd->bhnm", *leaves[:2])[..., :2304] * 0.125
+        sums = mx.array(scores.logsumexp(-1).float().numpy())
+        deltas = mx.array((out * pull).sum(-1).transpose(1, 2).float().numpy())
+    out = mx.array(out.detach().float().numpy()).astype(dtype)
+    with dispatch.using(Emulator(sample=8)):
+        made = gradients(*arrays, out, sums, mx.array([[2304, 2304]]), 0.125, deltas)
+    for name, ours, theirs in zip("qkv", made, expected, strict=True):
+        harness.assert_close(name, ours, theirs.numpy(), harness.TOLERANCE[dtype], sampled=True)
