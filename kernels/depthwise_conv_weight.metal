@@ -1,8 +1,8 @@
 // Gradient of depthwise_conv's weight, summed over a group's outputs; the caller adds up the groups' sums.
 // Inputs: x [n, height, width, channels]; cotangent [n, rows, columns, channels].
 // Output: partials float [strips of all pictures, blocks of columns, channels, K * K].
-// Template and grid as the forward's. Replaces a convolution of a group for each channel whose kernel is the cotangent,
-// for which the inputs are unfolded K * K times.
+// Template and grid as the forward's. Replaces a convolution of transposed arrays whose kernel is the cotangent, a group
+// for each channel.
 threadgroup float shared[SIMDS * 32 * K * K];
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;

@@ -1,8 +1,9 @@
 """Depthwise 3 × 3 and 5 × 5 convolutions of channels-last pictures with "same" padding, with both their gradients.
 
-MLX copies a padded picture for the forward; for the gradients it unfolds: the weight's is a convolution with the
-cotangent for a kernel and a group for each channel, the input's at stride 2 a product with dilated cotangents. Here
-each is a launch that reads its arrays once, but for a rim of 4 in 32 pixels. The weight's gradient, which a lazy graph
+MLX copies a padded picture for the forward. Of its gradients (Metal backend of 0.32), the weight's is a convolution of
+transposed arrays with the cotangent for a kernel, a matrix product of one useful column for each channel; the input's
+at stride 2 is a product with k² times unfolded cotangents. Here each is a launch that reads its arrays once, but for a
+rim of 4 in 32 pixels. The weight's gradient, which a lazy graph
 computes only where the weight trains, adds up blocks of pixels and then the blocks: the same result in every run.
 """
 

@@ -27,6 +27,8 @@ MODULES: tuple[str, ...] = (
     "qk_norm_rope",
     "norm_gelu",
     "depthwise_conv",
+    "vision_pool",
+    "patch_positions",
 )
 """Files of gemma_mlx/ops that define an ``OP``; its name is the file's."""
 

@@ -20,7 +20,15 @@ from gemma_mlx.spec_gemma3n import Gemma3nVisionSpec
 BOUND = 1e-4
 SHARED = {"norm_residual", "norm_residual_backward", "norm_residual_weight"}
 ATTENTION = {"flash_attention", "flash_attention_queries", "flash_attention_keys"}
-HEADS = {"qk_norm_rope", "qk_norm_rope_backward", "qk_norm_rope_weights", "gated_gelu", "gated_gelu_backward"}
+HEADS = {
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "qk_norm_rope_weights",
+    "gated_gelu",
+    "gated_gelu_backward",
+    "vision_pool",
+    "patch_positions",
+}
 PIXELS = {"norm_gelu", "norm_gelu_backward", "norm_gelu_weight"} | {
     "depthwise_conv", "depthwise_conv_backward", "depthwise_conv_weight"
 }  # fmt: skip

@@ -15,7 +15,9 @@ from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, trains
 from gemma_mlx.ops import dispatch
 from gemma_mlx.ops.flash_attention import flash_attention
 from gemma_mlx.ops.gated_gelu import gated_gelu
+from gemma_mlx.ops.patch_positions import patch_positions
 from gemma_mlx.ops.qk_norm_rope import qk_norm_rope
+from gemma_mlx.ops.vision_pool import vision_pool
 
 Rope = tuple[mx.array, mx.array]
 
@@ -72,12 +74,9 @@ class PatchEmbedder(nn.Module):
         self.input_proj = nn.Linear(3 * spec.patch_size**2, spec.hidden_size, bias=False)
         self.position_embedding_table = mx.ones((2, spec.position_embedding_size, spec.hidden_size))
 
-    def __call__(self, pixel_values: mx.array, position_ids: mx.array, padding: mx.array) -> mx.array:
+    def __call__(self, pixel_values: mx.array, position_ids: mx.array) -> mx.array:
         pixels = (2 * (unit_range(pixel_values) - 0.5)).astype(self.position_embedding_table.dtype)
-        x, y = mx.maximum(position_ids[..., 0], 0), mx.maximum(position_ids[..., 1], 0)
-        table = self.position_embedding_table
-        where = mx.take(table[0], x, axis=0) + mx.take(table[1], y, axis=0)
-        return self.input_proj(pixels) + mx.where(padding[..., None], 0, where).astype(pixels.dtype)
+        return patch_positions(self.input_proj(pixels), self.position_embedding_table, position_ids)
 
 
 def axial_rope(position_ids: mx.array, head_dim: int, theta: float, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -215,7 +214,7 @@ class VisionTower(BufferModule):
         Pure array operations of shapes known beforehand: can be traced, compiled and differentiated.
         """
         positions = image_position_ids.astype(mx.int32)
-        x = self.patch_embedder(pixel_values, positions, (positions == -1).all(axis=-1))
+        x = self.patch_embedder(pixel_values, positions)
         x, positions = self._ordered(x, positions)
         padding = (positions == -1).all(axis=-1)
         # A large finite number: with −inf a picture of padding only would give NaN, also in gradients.
@@ -240,10 +239,5 @@ class VisionTower(BufferModule):
 
     def _pool(self, x: mx.array) -> mx.array:
         """Mean over each cell, times sqrt(hidden_size), standardised where the checkpoint says so; float32 inside."""
-        n, p, d = x.shape
-        dtype = x.dtype
-        x = x.reshape(n, p // self.pooling**2, self.pooling**2, d).astype(mx.float32).mean(axis=2)
-        x = x.astype(dtype).astype(mx.float32) * d**0.5  # the reference rounds between mean and scale
-        if self.standardize:
-            x = (x - self.std_bias.astype(mx.float32)) * self.std_scale.astype(mx.float32)
-        return x.astype(dtype)
+        standard = (self.std_bias, self.std_scale) if self.standardize else ()
+        return vision_pool(x, self.pooling**2, x.shape[-1] ** 0.5, *(a.astype(x.dtype) for a in standard))
