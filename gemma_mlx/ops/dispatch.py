@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -43,6 +44,15 @@ class Metal:
         return launch.through(metal(launch.kernel))
 
 
+class Cuda:
+    name = "cuda"
+
+    def run(self, launch: Launch) -> list[mx.array]:
+        from gemma_mlx.ops.kernel import cuda
+
+        return launch.through(cuda(launch.kernel))
+
+
 _backend: Backend | None = None
 _reported: set[str] = set()
 
@@ -51,9 +61,11 @@ def backend() -> Backend | None:
     """What kernels of this process run on; None: they do not."""
     if _backend is not None:
         return _backend
-    if mx.default_device().type == mx.gpu and mx.metal.is_available():
+    if mx.default_device().type != mx.gpu:
+        return None
+    if mx.metal.is_available():
         return Metal()
-    return None
+    return Cuda() if mx.cuda.is_available() else None
 
 
 @contextmanager
@@ -86,10 +98,18 @@ def allowed(op: str) -> bool:
     return op in chosen
 
 
+@cache
+def has_cuda_form(op: str) -> bool:
+    """Whether all kernels of an op have a CUDA form."""
+    from gemma_mlx.ops.registry import ops
+
+    return all(kernel.cuda for found in ops() if found.name == op for kernel in found.kernels)
+
+
 def runs(op: str) -> bool:
     """Whether the kernels of `op` run here; said once in the log."""
     chosen = backend()
-    if chosen is None or not allowed(op):
+    if chosen is None or not allowed(op) or (chosen.name == "cuda" and not has_cuda_form(op)):
         return False
     if op not in _reported:
         _reported.add(op)

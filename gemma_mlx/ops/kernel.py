@@ -115,3 +115,16 @@ def metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
         ensure_row_contiguous=True,
         atomic_outputs=kernel.atomic,
     )
+
+
+@cache
+def cuda(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    """What MLX made of the kernel, for CUDA: its body after `kernels/cuda.h`."""
+    return mx.fast.cuda_kernel(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=kernel.body,
+        header=f"{text_of('cuda.h')}\n{kernel.header}",
+        ensure_row_contiguous=True,
+    )
