@@ -6,16 +6,19 @@ again, in blocks (Dao et al. 2022, arXiv:2205.14135), one launch for the queries
 values': no atomics, the same bits in every run.
 
 Bytes moved, for each query head of each row of N queries on M keys of D values of s bytes, and blocks of R rows of the
-launch at hand (`tiles`), exactly (lengths of 8 bytes a group and the scale of 4 not counted):
+launch at hand (`Form.tiles`), exactly (lengths of 8 bytes a group and the scale of 4 not counted):
 
 - forward: s·D·(2·N + 2·M·⌈N/R⌉) + 4·N;
 - queries' gradient: s·D·(4·N + 2·M·⌈N/R⌉) + 8·N;
 - keys' and values' gradient: s·D·(2·M + 2·N·⌈M/R⌉) + 8·N·⌈M/R⌉, and 2·M·D·s written, of 4 bytes where heads share keys.
 
-Threadgroup memory holds R rows and C columns of the blocks: at most 32 KB, and the R and C are the largest that fit.
+Threadgroup memory holds blocks of R rows and C columns: at most 32 KB, and R and C are the first of a list that fit.
+`flash_matrix` is the form that multiplies by SIMD groups' matrices.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -25,48 +28,73 @@ from gemma_mlx.ops.kernel import Kernel
 from gemma_mlx.ops.registry import Op
 from gemma_mlx.ops.threads import one_dtype, random_arrays
 
-HEADERS = ("flash.h",)
-FORWARD = Kernel("flash_attention", ("q", "k", "v", "lengths", "constants"), ("out", "sums"), HEADERS)
-QUERIES = Kernel(
-    "flash_attention_queries",
-    ("q", "k", "v", "out", "cotangent", "sums", "lengths", "constants"),
-    ("d_q", "deltas"),
-    HEADERS,
-)
-KEYS = Kernel(
-    "flash_attention_keys",
-    ("q", "k", "v", "cotangent", "sums", "deltas", "lengths", "constants"),
-    ("d_k", "d_v"),
-    HEADERS,
-)
+FORWARD = ("q", "k", "v", "lengths", "constants"), ("out", "sums")
+QUERIES = ("q", "k", "v", "out", "cotangent", "sums", "lengths", "constants"), ("d_q", "deltas")
+KEYS = ("q", "k", "v", "cotangent", "sums", "deltas", "lengths", "constants"), ("d_k", "d_v")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The three launches, in one way of multiplying.
+
+    Attributes:
+        forward, queries, keys: the kernels, with inputs and outputs ``FORWARD``, ``QUERIES`` and ``KEYS``.
+        matrices: whether they multiply SIMD groups' matrices, so that heads are whole ones, in float32 blocks.
+        blocks: (rows, columns), the best first.
+    """
+
+    forward: Kernel
+    queries: Kernel
+    keys: Kernel
+    matrices: bool
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def kernels(self) -> tuple[Kernel, Kernel, Kernel]:
+        return self.forward, self.queries, self.keys
+
+    def memory(self, kernel: Kernel, rows: int, columns: int, size: int, itemsize: int) -> int:
+        """Bytes of threadgroup memory of a kernel with blocks of rows × columns, for heads of `size` values."""
+        products = 1 if kernel != self.keys and (kernel == self.forward or not self.matrices) else 2
+        pad = 4 if self.matrices else 1
+        floats = products * rows * (columns + pad) + (2 * columns if kernel == self.keys else 0)
+        if self.matrices:
+            return 4 * (2 * columns * (size + pad) + floats + (8 * rows if kernel == self.forward else 0))
+        return itemsize * (size + pad) * ((1 if kernel == self.forward else 2) * rows + 2 * columns) + 4 * floats
+
+    def tiles(self, kernel: Kernel, size: int, itemsize: int) -> tuple[int, int] | None:
+        """(rows, columns) of a kernel's blocks for heads of `size` values; None: none fit."""
+        if self.matrices and size % 8:
+            return None
+        fitting = (b for b in self.blocks if self.memory(kernel, *b, size, itemsize) <= MOST_MEMORY)
+        return next(fitting, None)
+
+    def takes(self, q: mx.array, k: mx.array, v: mx.array) -> bool:
+        """Whether the kernels do."""
+        if q.ndim != 4 or q.shape[2] % k.shape[2] or not one_dtype(q, k, v):
+            return False
+        return all(self.tiles(kernel, q.shape[3], q.dtype.size) for kernel in self.kernels)
+
 
 MOST_MEMORY = 32768
 """Bytes of threadgroup memory."""
+NUMBERS = Form(
+    Kernel("flash_attention", *FORWARD, ("flash.h",)),
+    Kernel("flash_attention_queries", *QUERIES, ("flash.h",)),
+    Kernel("flash_attention_keys", *KEYS, ("flash.h",)),
+    matrices=False,
+    blocks=((64, 32), (32, 32), (32, 16), (16, 16)),
+)
 
 
-def memory(kernel: Kernel, rows: int, columns: int, size: int, itemsize: int) -> int:
-    """Bytes of threadgroup memory that a kernel uses with blocks of rows × columns, for heads of `size` values."""
-    row_tiles = 1 if kernel is FORWARD else 2
-    floats = rows * (columns + 1) if kernel is not KEYS else 2 * rows * (columns + 1) + 2 * columns
-    return itemsize * (size + 1) * (row_tiles * rows + 2 * columns) + 4 * floats
-
-
-def tiles(kernel: Kernel, size: int, itemsize: int) -> tuple[int, int] | None:
-    """(rows, columns) of a kernel's blocks for heads of `size` values; None: none fit."""
-    for rows, columns in ((64, 32), (32, 32), (32, 16), (16, 16)):
-        if memory(kernel, rows, columns, size, itemsize) <= MOST_MEMORY:
-            return rows, columns
-    return None
-
-
-def moved(kernel: Kernel, q: tuple[int, ...], k: tuple[int, ...], itemsize: int) -> int:
+def moved(kind: Form, kernel: Kernel, q: tuple[int, ...], k: tuple[int, ...], itemsize: int) -> int:
     """Bytes that a launch reads and writes for q [B, N, H, D] and k [B, M, G, D] without padding, by the formula."""
     (batch, n, heads, size), m = q, k[1]
-    rows, _ = tiles(kernel, size, itemsize)
-    blocks = -(-(m if kernel is KEYS else n) // rows)
-    if kernel is FORWARD:
+    rows, _ = kind.tiles(kernel, size, itemsize)
+    blocks = -(-(m if kernel == kind.keys else n) // rows)
+    if kernel == kind.forward:
         one = itemsize * size * (2 * n + 2 * m * blocks) + 4 * n
-    elif kernel is QUERIES:
+    elif kernel == kind.queries:
         one = itemsize * size * (4 * n + 2 * m * blocks) + 8 * n
     else:
         written = itemsize if heads == k[2] else 4
@@ -87,12 +115,12 @@ def reference(q: mx.array, k: mx.array, v: mx.array, scale: float, lengths: mx.a
 
 
 def _launch(
-    kernel: Kernel, inputs: list[mx.array], over: int, shapes: list, dtypes: list, **template
+    kind: Form, kernel: Kernel, inputs: list[mx.array], over: int, shapes: list, dtypes: list, **template: mx.Dtype
 ) -> list[mx.array]:
     """A kernel whose groups each take a block of `over` rows; inputs begin with q."""
     q = inputs[0]
     batch, _, heads, size = q.shape
-    rows, columns = tiles(kernel, size, q.dtype.size)
+    rows, columns = kind.tiles(kernel, size, q.dtype.size)
     return kernel(
         inputs,
         template={"T": q.dtype, **template, "D": size, "ROWS": rows, "COLS": columns},
@@ -112,6 +140,7 @@ def _together(made: mx.array, like: mx.array) -> mx.array:
 
 
 def gradients(
+    kind: Form,
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -122,7 +151,7 @@ def gradients(
     scale: float,
     deltas: mx.array | None = None,
 ) -> list[mx.array]:
-    """Those of q, k and v by the kernels.
+    """Those of q, k and v by the kernels of `kind`.
 
     Args:
         q, k, v, scale: as `flash_attention`'s.
@@ -133,25 +162,36 @@ def gradients(
     """
     constants = mx.array([scale], mx.float32)
     given = [q, k, v, out, cotangent, sums, lengths, constants]
-    d_q, made = _launch(QUERIES, given, q.shape[1], [q.shape, sums.shape], [q.dtype, mx.float32])
-    kind = q.dtype if q.shape[2] == k.shape[2] else mx.float32
+    d_q, made = _launch(kind, kind.queries, given, q.shape[1], [q.shape, sums.shape], [q.dtype, mx.float32])
+    dtype = q.dtype if q.shape[2] == k.shape[2] else mx.float32
     shape = (*k.shape[:2], *q.shape[2:])
     given = [q, k, v, cotangent, sums, made if deltas is None else deltas, lengths, constants]
-    d_k, d_v = _launch(KEYS, given, k.shape[1], [shape] * 2, [kind] * 2, S=kind)
+    d_k, d_v = _launch(kind, kind.keys, given, k.shape[1], [shape] * 2, [dtype] * 2, S=dtype)
     return [d_q, _together(d_k, k), _together(d_v, v)]
 
 
-def _launched(scale: float):
+def launched(
+    kind: Form, q: mx.array, k: mx.array, v: mx.array, scale: float, lengths: mx.array | None = None
+) -> mx.array:
+    """`flash_attention` by the kernels of `kind`."""
+    if lengths is None:
+        both = mx.broadcast_to(mx.array([q.shape[1], k.shape[1]], mx.int32), (q.shape[0], 2))
+    else:
+        both = mx.stack([lengths, lengths], axis=1).astype(mx.int32)
+    return _launched(kind, scale)(q, k, v, both)[0]
+
+
+def _launched(kind: Form, scale: float):
     """The op of q, k, v and lengths [B, 2] (queries, keys); keeps them, its result and a number for each query."""
     constants = mx.array([scale], mx.float32)
 
     def forward(q: mx.array, k: mx.array, v: mx.array, lengths: mx.array) -> list[mx.array]:
         sums = (q.shape[0], q.shape[2], q.shape[1])
         shapes, dtypes = [q.shape, sums], [q.dtype, mx.float32]
-        return _launch(FORWARD, [q, k, v, lengths, constants], q.shape[1], shapes, dtypes)
+        return _launch(kind, kind.forward, [q, k, v, lengths, constants], q.shape[1], shapes, dtypes)
 
     def backward(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        made = gradients(*inputs[:3], cotangents[0], *outputs, inputs[3], scale)
+        made = gradients(kind, *inputs[:3], cotangents[0], *outputs, inputs[3], scale)
         return [*made, mx.zeros_like(inputs[3])]
 
     return custom_function(forward, backward)
@@ -170,18 +210,12 @@ def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, lengths
     It keeps q, k, v, the result and a float32 for each query and head. Where nothing is differentiated, MLX's own fused
     attention is the faster one.
     """
-    fits = q.ndim == 4 and q.shape[2] % k.shape[2] == 0 and one_dtype(q, k, v)
-    fits = fits and all(tiles(kernel, q.shape[3], q.dtype.size) for kernel in (FORWARD, QUERIES, KEYS))
-    if not (dispatch.runs("flash_attention") and fits):
-        return reference(q, k, v, scale, lengths)
-    if lengths is None:
-        both = mx.broadcast_to(mx.array([q.shape[1], k.shape[1]], mx.int32), (q.shape[0], 2))
-    else:
-        both = mx.stack([lengths, lengths], axis=1).astype(mx.int32)
-    return _launched(scale)(q, k, v, both)[0]
+    if dispatch.runs("flash_attention") and NUMBERS.takes(q, k, v):
+        return launched(NUMBERS, q, k, v, scale, lengths)
+    return reference(q, k, v, scale, lengths)
 
 
-def _sizes(batch: int, length: int, heads: int, size: int):
+def sizes(batch: int, length: int, heads: int, size: int):
     def make(random, dtype: mx.Dtype) -> list:
         lengths = mx.array([length - 3 * i for i in range(batch)], mx.int32)
         return [*random_arrays(random, dtype, [(batch, length, heads, size)] * 3, size**-0.25), 1.0, lengths]
@@ -191,9 +225,9 @@ def _sizes(batch: int, length: int, heads: int, size: int):
 
 OP = Op(
     name="flash_attention",
-    kernels=(FORWARD, QUERIES, KEYS),
+    kernels=NUMBERS.kernels,
     function=flash_attention,
     reference=reference,
-    sizes={"small": _sizes(2, 37, 2, 16), "real": _sizes(1, 2520, 12, 64)},
+    sizes={"small": sizes(2, 37, 2, 16), "real": sizes(1, 2520, 12, 64)},
     wrt=(0, 1, 2),
 )

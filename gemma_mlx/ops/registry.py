@@ -24,6 +24,7 @@ MODULES: tuple[str, ...] = (
     "banded_attention",
     "glu_conv",
     "flash_attention",
+    "flash_matrix",
     "qk_norm_rope",
     "norm_gelu",
     "depthwise_conv",

@@ -19,7 +19,7 @@ from gemma_mlx.spec_gemma3n import Gemma3nVisionSpec
 
 BOUND = 1e-4
 SHARED = {"norm_residual", "norm_residual_backward", "norm_residual_weight"}
-ATTENTION = {"flash_attention", "flash_attention_queries", "flash_attention_keys"}
+ATTENTION = {"flash_matrix", "flash_matrix_queries", "flash_matrix_keys"}
 HEADS = {
     "qk_norm_rope",
     "qk_norm_rope_backward",

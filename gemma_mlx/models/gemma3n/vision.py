@@ -14,7 +14,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.models.layers import RMSNorm, trains, unit_range
 from gemma_mlx.ops import dispatch
 from gemma_mlx.ops.depthwise_conv import depthwise_conv, same_padding
-from gemma_mlx.ops.flash_attention import flash_attention
+from gemma_mlx.ops.flash_matrix import flash_matrix
 from gemma_mlx.ops.norm_gelu import norm_gelu
 from gemma_mlx.ops.norm_residual import norm_residual
 from gemma_mlx.spec_gemma3n import Gemma3nVisionSpec
@@ -175,7 +175,7 @@ class MultiQueryAttention(nn.Module):
         q = self.query(x).reshape(n, height * width, self.heads, self.size)
         k, v = (part(x).reshape(n, -1, 1, self.size) for part in (self.key, self.value))
         if differentiated:
-            out = flash_attention(q, k, v, self.size**-0.5)
+            out = flash_matrix(q, k, v, self.size**-0.5)
         else:
             q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.size**-0.5).swapaxes(1, 2)

@@ -12,8 +12,7 @@ import numpy as np
 from gemma_mlx.errors import InputError
 from gemma_mlx.lanes import pause
 from gemma_mlx.models.layers import BufferModule, ClippedLinear, RMSNorm, trains, unit_range
-from gemma_mlx.ops import dispatch
-from gemma_mlx.ops.flash_attention import flash_attention
+from gemma_mlx.ops.flash_matrix import flash_matrix, keeps_no_scores
 from gemma_mlx.ops.gated_gelu import gated_gelu
 from gemma_mlx.ops.patch_positions import patch_positions
 from gemma_mlx.ops.qk_norm_rope import qk_norm_rope
@@ -117,7 +116,7 @@ class VisionAttention(nn.Module):
         v = self.v_proj(x).reshape(n, p, self.kv_heads, self.head_dim)
         q, k, v = qk_norm_rope(q, k, v, self.q_norm.weight, self.k_norm.weight, *rope, self.q_norm.eps)
         if lengths is not None:
-            return self.o_proj(flash_attention(q, k, v, 1.0, lengths).reshape(n, p, -1))
+            return self.o_proj(flash_matrix(q, k, v, 1.0, lengths).reshape(n, p, -1))
         q, k, v = (t.transpose(0, 2, 1, 3) for t in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(n, p, -1))
@@ -224,7 +223,7 @@ class VisionTower(BufferModule):
 
     def _lengths(self, padding: mx.array) -> mx.array | None:
         """int [N], where attention is to be differentiated by a kernel; elsewhere MLX's own is as good or better."""
-        if trains(self) and dispatch.runs("flash_attention"):
+        if trains(self) and keeps_no_scores():
             return (~padding).sum(axis=1).astype(mx.int32)
         return None
 
