@@ -38,6 +38,6 @@ OP = Op(
     kernels=MATRICES.kernels,
     function=flash_matrix,
     reference=reference,
-    sizes={"small": sizes(2, 37, 2, 16), "real": sizes(1, 2520, 12, 64)},
+    sizes={"small": sizes(2, 37, 1, 96), "real": sizes(1, 2520, 12, 64)},
     wrt=(0, 1, 2),
 )
