@@ -98,11 +98,16 @@ INLINE Shadow in_heap(u64 at, u64 size, const void* place) {
   Buffer& b = M.buffers[id - 1];
   const u64 in = at - u64(b.low);
   if (in + size > b.size) fail_bounds(at, size, WRITES, place);
+  (WRITES ? b.stored : b.loaded) += size;
   if (!b.result) {
     if (WRITES) {
       char text[200];
       snprintf(text, sizeof text, "input %s written at byte %lu by thread %u", b.name, in, R.current);
       fail("write-to-input", text, place);
+    }
+    u32* stamps = (u32*)M.heap_shadow;  // inputs have no other shadow
+    for (u64 word = off / 4; word <= (off + size - 1) / 4; ++word) {
+      if (stamps[word] != R.epoch_start) stamps[word] = R.epoch_start, b.distinct += 4;
     }
     return {M.zeros, M.zeros};
   }

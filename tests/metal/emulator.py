@@ -29,7 +29,8 @@ class _Buffer(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p), ("data", _POINTER), ("result", _POINTER), ("written", _POINTER),
         ("size", ctypes.c_uint64), ("granule", ctypes.c_uint32), ("slot", ctypes.c_uint32), ("low", _POINTER),
-        ("cells", _POINTER),
+        ("cells", _POINTER), ("loaded", ctypes.c_uint64), ("stored", ctypes.c_uint64),
+        ("distinct", ctypes.c_uint64),
     ]  # fmt: skip
 
 
@@ -73,12 +74,14 @@ class Record:
         accesses: how often memory was read or written, private arrays included.
         written: for each output, which of its bytes were written: bool, shaped as the output with its bytes as a
             further axis.
+        traffic: name of each input and output -> (bytes loaded from it, loaded once for each threadgroup, stored to it).
     """
 
     kernel: str
     groups: tuple[int, int]
     accesses: int
     written: list[np.ndarray]
+    traffic: dict[str, tuple[int, int, int]]
 
 
 @dataclass
@@ -157,7 +160,9 @@ class Emulator:
             raise _as_fault(fault, path, launch.kernel.name)
         if code:
             raise MemoryError(f"{launch.kernel.name}: the emulator has no address space for the buffers ({code})")
-        self.records.append(Record(launch.kernel.name, (len(groups), _count(launch)), accesses.value, written))
+        traffic = {b.name.decode(): (b.loaded, b.distinct, b.stored) for b in array}
+        ran = (len(groups), _count(launch))
+        self.records.append(Record(launch.kernel.name, ran, accesses.value, written, traffic))
         return [_to_mlx(a, d) for a, d in zip(outputs, launch.dtypes, strict=True)]
 
 
@@ -181,15 +186,21 @@ def _as_fault(fault: _Fault, path: Path, kernel: str) -> Fault:
     return Fault(fault.kind.decode(), Path(file).name or f"{kernel}.metal", line, message)
 
 
-def _bits(array: mx.array) -> np.ndarray:
-    """Its bytes, in its shape with row-contiguous elements."""
-    array = mx.contiguous(array)
+def _extent(array: np.ndarray) -> np.ndarray:
+    """All that lies between its first element and its last, as a flat array: what the buffer of a strided one holds."""
+    length = 1 + sum((n - 1) * s // array.itemsize for n, s in zip(array.shape, array.strides, strict=True))
+    return np.lib.stride_tricks.as_strided(array, (length if array.size else 0,), (array.itemsize,))
+
+
+def _bits(array: mx.array, strided: bool = False) -> np.ndarray:
+    """Its bytes, in its shape; unless `strided`, with row-contiguous elements."""
+    array = array if strided else mx.contiguous(array)
     mx.eval(array)
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     elif array.dtype == mx.bool_:
         array = array.view(mx.uint8)
-    return np.ascontiguousarray(np.array(array))
+    return np.array(array, copy=False) if strided else np.ascontiguousarray(np.array(array))
 
 
 _NUMPY = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.bool_: np.uint8}
@@ -207,8 +218,10 @@ def _numpy_dtype(dtype: mx.Dtype) -> np.dtype:
 def _buffers(launch: Launch, made: Source) -> tuple[list[_Buffer], list[np.ndarray], list[np.ndarray], list]:
     """(the buffers by index, outputs, which of their bytes were written, what must stay alive)."""
     kept: list = []
-    held = {name: _bits(array) for name, array in zip(launch.kernel.inputs, launch.inputs, strict=True)}
-    for name, array in list(held.items()):
+    strided = getattr(launch.kernel, "strided", False)
+    given = {name: _bits(a, strided) for name, a in zip(launch.kernel.inputs, launch.inputs, strict=True)}
+    held = {name: _extent(array) for name, array in given.items()}
+    for name, array in given.items():
         shape = np.array(array.shape, dtype=np.int32)
         strides = np.array([s // array.itemsize for s in array.strides], dtype=np.int64)
         held |= {f"{name}_shape": shape, f"{name}_strides": strides, f"{name}_ndim": np.array([array.ndim], np.int32)}

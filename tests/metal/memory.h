@@ -31,6 +31,8 @@ struct Buffer {  // as Python fills it
   u32 slot;     // its index, set here
   u8* low;      // where the kernel sees it, set here
   struct Cell* cells;
+  u64 loaded, stored;  // bytes, by all threads, counted here
+  u64 distinct;        // bytes that were loaded, once for each threadgroup; in words of 4; of inputs
 };
 
 struct Access {  // the last one of its kind to a cell
