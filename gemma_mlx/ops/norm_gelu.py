@@ -39,18 +39,21 @@ def reference(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.array:
 
 
 def _rows(kernel: Kernel, inputs: list[mx.array], shapes: list, dtypes: list) -> list[mx.array]:
-    """A kernel of rows: as many SIMD groups for each as leave a thread eight values, eight or more in a group."""
+    """A kernel of rows: as many SIMD groups for each as leave a thread eight values; four rows or more for a weight."""
     count, width = inputs[0].shape
     simds = -(-width // 256)
     rows = max(1, 8 // simds)
+    turns = -(-4 // rows)
     return kernel(
         inputs,
-        template={"T": inputs[0].dtype, "ROWS": rows, "SIMDS": simds, "VALUES": -(-width // (32 * simds))},
-        grid=(-(-count // rows) * rows * simds * 32, 1, 1),
+        template={
+            "T": inputs[0].dtype, "ROWS": rows, "TURNS": turns, "SIMDS": simds, "VALUES": -(-width // (32 * simds))
+        },
+        grid=(-(-count // (rows * turns)) * rows * simds * 32, 1, 1),
         threadgroup=(rows * simds * 32, 1, 1),
         shapes=shapes,
         dtypes=dtypes,
-    )
+    )  # fmt: skip
 
 
 def _weight_gradient(x: mx.array, cotangent: mx.array, weight: mx.array, inverses: mx.array) -> mx.array:

@@ -21,9 +21,9 @@ def given(*shape, seed=0, size=1.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 3, 64), (5, 513)])
+@pytest.mark.parametrize("shape", [(2, 3, 3, 64), (5, 513), (6, 1030)])
 def test_rows(shape, dtype):
-    """One SIMD group a row and eight rows in a group; several of them a row."""
+    """One SIMD group a row and eight rows in a group; several of them a row, and several rows in turn."""
     check(OP, given(*shape), exact, (0, 1), dtype, SCHEDULES)
 
 
