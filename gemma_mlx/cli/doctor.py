@@ -24,8 +24,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="With --parity: a JSON file to post; with --estimate: Markdown.",
+    help="With --parity or --kernels: a JSON file to post; with --estimate: Markdown.",
 )
+@click.option("--kernels", is_flag=True, help="Test and time every kernel of this library on this machine's GPU.")
 @click.option("--estimate", is_flag=True, help="Which Mac trains which checkpoint (or --model) with which settings.")
 def command(
     model: str | None,
@@ -33,6 +34,7 @@ def command(
     rank: int,
     read_weights: bool,
     parity: bool,
+    kernels: bool,
     estimate: bool,
     **compared: Any,
 ) -> int | None:
@@ -41,13 +43,16 @@ def command(
     With --parity the checkpoint is run here and in transformers (--dtype float32 where its weights fit into memory),
     and every part's difference stands beside transformers' own rounding noise: 0 if all are within bound, else 1.
 
+    With --kernels every kernel runs against plain MLX and is timed: 0 if all are within tolerance, 1 if one is not, 2
+    where none runs.
+
     With --estimate nothing is loaded: tables of the memory that a typical run takes, from the checkpoints' shapes.
     """
     from gemma_mlx import machine
     from gemma_mlx.inspection import examine
     from gemma_mlx.models.load import resolve
 
-    allowed = tuple(compared) if parity else ("out",) if estimate else ()
+    allowed = tuple(compared) if parity else ("out",) if estimate or kernels else ()
     if given := [f"--{name}" for name, value in compared.items() if value is not None and name not in allowed]:
         raise InputError(f"{given[0]} goes with --parity")
     if estimate:
@@ -56,6 +61,10 @@ def command(
         show_estimates(model, rank, compared["out"])
         return None
     click.echo(f"machine: {machine.describe()}")
+    if kernels:
+        from gemma_mlx.cli.kernels import run as test_kernels
+
+        return test_kernels(compared["out"])
     if model is None:
         if parity:
             raise InputError("--parity needs --model: the checkpoint's folder or Hub id")

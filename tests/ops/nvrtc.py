@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from gemma_mlx.ops import dispatch
 from gemma_mlx.ops.kernel import Launch, text_of
-from gemma_mlx.ops.registry import Op
 
 TYPES = {
     mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int32_t",
@@ -36,37 +32,6 @@ using Strides = Ten<int64_t>;
 """
 """What kernels see of MLX's own mlx/backend/cuda/device/utils.cuh, which no CPU wheel has: the types of shapes and
 strides, and the headers of 16-bit floats."""
-
-
-@dataclass
-class Recorder:
-    """A backend that keeps launches and gives zeros."""
-
-    launches: list[Launch] = field(default_factory=list)
-    name: str = "recorder"
-
-    def run(self, launch: Launch) -> list[mx.array]:
-        self.launches.append(launch)
-        return [mx.zeros(*made) for made in zip(launch.shapes, launch.dtypes, strict=True)]
-
-
-def launches_of(op: Op, size: str, dtype: mx.Dtype) -> list[Launch]:
-    """What an op launches at a size, forward and for all gradients."""
-    given = list(op.sizes[size](np.random.default_rng(0), dtype))
-
-    def run(*chosen: mx.array) -> list[mx.array]:
-        for i, x in zip(op.wrt, chosen, strict=True):
-            given[i] = x
-        made = op.function(*given)
-        return list(made) if isinstance(made, (list, tuple)) else [made]
-
-    chosen = [given[i] for i in op.wrt]
-    with dispatch.using(Recorder()) as recorder:
-        outputs = run(*chosen)
-        if chosen:
-            recorder.launches.clear()
-            mx.vjp(run, chosen, [mx.ones_like(o) for o in outputs])
-    return recorder.launches
 
 
 def generated(launch: Launch, name: str) -> str:

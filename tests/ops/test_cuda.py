@@ -6,8 +6,9 @@ from functools import cache
 
 import mlx.core as mx
 import pytest
-from nvrtc import CompileError, compiled, identity, launches_of, program
+from nvrtc import CompileError, compiled, identity, program
 
+from gemma_mlx.kernel_counts import launches_of
 from gemma_mlx.ops import dispatch
 from gemma_mlx.ops.kernel import Kernel, Launch
 from gemma_mlx.ops.registry import ops
@@ -25,7 +26,8 @@ def forms(sizes: tuple[str, ...]) -> dict[tuple, Launch]:
     for op in OPS:
         for size in sizes:
             for dtype in DTYPES:
-                found |= {identity(launch): launch for launch in launches_of(op, size, dtype)}
+                forward, gradients = launches_of(op, size, dtype)
+                found |= {identity(launch): launch for launch in (*forward, *gradients)}
     return found
 
 
