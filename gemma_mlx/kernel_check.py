@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,17 +50,43 @@ class Result:
 
 
 def runnable() -> list[Op]:
-    """The ops whose kernels run here.
+    """The ops whose kernels can run here, trusted or not.
 
     Raises:
-        InputError: none do.
+        InputError: none can.
     """
-    found = [op for op in ops() if dispatch.runs(op.name)]
+    with every_kernel():
+        found = [op for op in ops() if dispatch.runs(op.name)]
     if not found:
         if dispatch.backend() is None:
             raise InputError(f"kernels need a GPU, MLX with Metal or CUDA; on {describe()} plain MLX runs instead")
         raise InputError(f"{dispatch.VARIABLE} is off: nothing to test")
     return found
+
+
+@contextmanager
+def every_kernel() -> Iterator[None]:
+    """Within the block ``auto`` allows every op: what is tested need not be trusted yet."""
+    chosen = dispatch.backend()
+    if chosen is None:
+        yield
+        return
+    with dispatch.using(chosen):
+        yield
+
+
+def faster(results: Sequence[Result]) -> list[str]:
+    """The ops that were right every time, and at the checkpoints' size took less time in all than plain MLX."""
+    by_op: dict[str, list[Result]] = {}
+    for r in results:
+        by_op.setdefault(r.op, []).append(r)
+    chosen = []
+    for name, those in by_op.items():
+        timed = [r for r in those if r.seconds is not None]
+        gains = sum(r.plain_seconds - r.seconds for r in timed)
+        if timed and gains > 0 and all(r.within for r in those):
+            chosen.append(name)
+    return chosen
 
 
 def _widened(a: Any) -> Any:
@@ -129,7 +156,9 @@ def check_all(sizes: Sequence[str] = ("small", "real")) -> Iterator[Result]:
     for op in runnable():
         for size in sizes:
             for dtype in TOLERANCES if size == "small" else (mx.float32, mx.bfloat16):
-                yield checked(op, size, dtype, timed=size != "small")
+                with every_kernel():
+                    result = checked(op, size, dtype, timed=size != "small")
+                yield result
 
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:

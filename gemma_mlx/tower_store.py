@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -18,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.files import cache_folder
 
 MEMORY_BYTES = 1_000_000_000
 """The most that is kept in memory by default: 2,300 pictures of 280 soft tokens for E2B in bfloat16."""
@@ -183,13 +183,8 @@ def _unpacked(data: bytes) -> np.ndarray:
 
 
 def default_folder() -> Path:
-    """The user's cache folder of this library: under ``~/Library/Caches`` on macOS, else as XDG says."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        base = given if given.is_absolute() else Path.home() / ".cache"
-    return base / "gemma_mlx" / "soft_tokens"
+    """Where soft tokens are kept unless a run names a folder."""
+    return cache_folder() / "soft_tokens"
 
 
 def open_store(kind: str, gigabytes: float | None = None, folder: str | Path | None = None) -> Store:

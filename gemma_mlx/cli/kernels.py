@@ -9,14 +9,15 @@ import click
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import write_whole
-from gemma_mlx.kernel_check import Result, as_json, check_all
+from gemma_mlx.kernel_check import Result, as_json, check_all, faster
+from gemma_mlx.ops.trust import trust
 
 HEADINGS = ("op", "size", "dtype", "error", "", "kernel ms", "plain ms", "times faster", "MB", "GB/s")
 WIDTHS = (18, 6, 9, 8, 5, 10, 10, 13, 9, 7)
 
 
 def run(out: Path | None) -> int:
-    """Prints a line an op; 0 if all are within tolerance, else 1.
+    """Prints a line an op, and trusts those that are right and faster; 0 if all are within tolerance, else 1.
 
     Raises:
         InputError: no kernel runs here, or `out` cannot be written.
@@ -34,6 +35,12 @@ def run(out: Path | None) -> int:
         write_whole(out, (json.dumps(as_json(results), indent=1) + "\n").encode())
         click.echo(f"written: {out}")
     click.echo(f"{len(results) - len(wrong)} of {len(results)} within tolerance")
+    chosen = faster(results)
+    try:
+        trust(chosen)
+    except OSError as e:
+        raise InputError(f"the result cannot be kept in the cache folder: {e}") from e
+    click.echo(f"from now on kernels run here for: {', '.join(chosen) or 'nothing'} (right, and faster than plain MLX)")
     return 1 if wrong else 0
 
 

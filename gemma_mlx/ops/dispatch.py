@@ -3,7 +3,8 @@
 A kernel runs where all of this holds, and the choice never depends on whether a launch fails:
 
 1. the default device is a GPU and MLX has Metal, or CUDA and the kernel has a CUDA form;
-2. ``GEMMA_MLX_KERNELS`` allows it: ``on`` (default), ``off``, or names of ops separated by commas;
+2. ``GEMMA_MLX_KERNELS`` allows it: ``auto`` (default), the ops that ``doctor --kernels`` found right and faster than
+   plain MLX on this machine; ``on``, ``off``, or names of ops separated by commas;
 3. the op takes the shapes and dtypes (its own file says which).
 """
 
@@ -80,22 +81,34 @@ def using(chosen: Backend) -> Iterator[Backend]:
 
 
 def allowed(op: str) -> bool:
-    """Whether ``GEMMA_MLX_KERNELS`` allows this op's kernels.
+    """Whether ``GEMMA_MLX_KERNELS`` allows this op's kernels. A backend in `using` was chosen: ``auto`` allows all.
 
     Raises:
         InputError: it names an op that does not exist.
     """
-    setting = os.environ.get(VARIABLE, "on").strip().lower()
-    if setting in ("on", "off", ""):
-        return setting != "off"
+    setting = os.environ.get(VARIABLE, "").strip().lower() or "auto"
+    if setting in ("on", "off"):
+        return setting == "on"
+    if setting == "auto":
+        return _backend is not None or _tested(op)
     from gemma_mlx.ops.registry import names
 
     chosen = {name.strip() for name in setting.split(",")}
     if unknown := sorted(chosen - set(names())):
         raise InputError(
-            f"{VARIABLE}={setting}: no kernel {', '.join(unknown)}; there are on, off, {', '.join(names())}"
+            f"{VARIABLE}={setting}: no kernel {', '.join(unknown)}; there are auto, on, off, {', '.join(names())}"
         )
     return op in chosen
+
+
+def _tested(op: str) -> bool:
+    """Whether this machine's self-test chose the op; says once how to have one."""
+    from gemma_mlx.ops.trust import tested, trusted
+
+    if "" not in _reported and not tested():
+        _reported.add("")
+        log.info("kernels: none until `python -m gemma_mlx doctor --kernels` has tested and timed them here")
+    return op in trusted()
 
 
 @cache

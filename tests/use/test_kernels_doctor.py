@@ -11,7 +11,7 @@ from metal.emulator import Emulator
 from gemma_mlx import kernel_check
 from gemma_mlx.cli.doctor import command
 from gemma_mlx.errors import InputError
-from gemma_mlx.ops import dispatch
+from gemma_mlx.ops import dispatch, trust
 from gemma_mlx.ops.registry import ops
 
 
@@ -21,6 +21,16 @@ class Off(Emulator):
 
     def run(self, launch):
         return [a * 1.001 if mx.issubdtype(a.dtype, mx.floating) else a for a in super().run(launch)]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A cache folder of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(trust, "cache_folder", lambda: folder)
+    trust.trusted.cache_clear()
+    yield folder
+    trust.trusted.cache_clear()
 
 
 @pytest.fixture
@@ -42,6 +52,7 @@ def test_right_kernels(two_ops, tmp_path):
         ran = doctor("--out", str(tmp_path / "kernels.json"))
     assert ran.return_value == 0, ran.output
     assert "10 of 10 within tolerance" in ran.output and "WRONG" not in ran.output
+    assert trust.tested() and not trust.trusted() - {"gated_gelu", "norm_residual"}
     made = json.loads((tmp_path / "kernels.json").read_text())
     assert made["backend"] == "emulator" and made["mlx"] == mx.__version__
     assert {r["op"] for r in made["results"]} == {"gated_gelu", "norm_residual"}
@@ -54,6 +65,7 @@ def test_wrong_kernels(two_ops):
     with dispatch.using(Off()):
         ran = doctor()
     assert ran.return_value == 1
+    assert not trust.trusted()
     wrong = [line.split()[2] for line in ran.output.splitlines() if "WRONG" in line]
     assert wrong == ["float32"] * 4
 
@@ -68,7 +80,44 @@ def test_where_no_kernel_runs(tmp_path):
     with pytest.raises(InputError, match="kernels need a GPU, MLX with Metal or CUDA"):
         next(kernel_check.check_all())
     ran = doctor("--out", str(tmp_path / "kernels.json"))
-    assert isinstance(ran.exception, InputError) and not list(tmp_path.iterdir())
+    assert isinstance(ran.exception, InputError) and not list(tmp_path.rglob("*"))
+
+
+def result(op, size, within, seconds=None, plain=None):
+    return kernel_check.Result(op, size, "float32", 0.0, within, seconds, plain, 1)
+
+
+def test_only_right_and_faster_kernels_are_trusted():
+    results = [
+        result("clamp", "small", True), result("clamp", "real", True, 1.0, 2.0),
+        result("gated_gelu", "small", False), result("gated_gelu", "real", True, 1.0, 2.0),
+        result("norm_gelu", "small", True), result("norm_gelu", "real", True, 3.0, 2.0),
+        result("altup_correct", "small", True),
+    ]  # fmt: skip
+    assert kernel_check.faster(results) == ["clamp"]
+
+
+def test_no_kernel_runs_before_the_self_test(monkeypatch):
+    """On a GPU; a changed kernel has to be tested again."""
+    monkeypatch.setattr(dispatch, "backend", dispatch.Metal)
+    monkeypatch.delenv("GEMMA_MLX_KERNELS", raising=False)
+    assert not dispatch.runs("clamp")
+    trust.trust(["clamp"])
+    assert dispatch.runs("clamp") and not dispatch.runs("gated_gelu")
+    monkeypatch.setenv("GEMMA_MLX_KERNELS", "on")
+    assert dispatch.runs("gated_gelu")
+    monkeypatch.setenv("GEMMA_MLX_KERNELS", "gated_gelu")
+    assert dispatch.runs("gated_gelu") and not dispatch.runs("clamp")
+    monkeypatch.setenv("GEMMA_MLX_KERNELS", "auto")
+    monkeypatch.setattr(trust, "_identity", lambda: "other")
+    trust.trusted.cache_clear()
+    assert not dispatch.runs("clamp")
+
+
+def test_a_damaged_file_trusts_nothing(cache):
+    trust.trust(["clamp"]).write_text("[")
+    trust.trusted.cache_clear()
+    assert trust.trusted() == frozenset()
 
 
 def test_switched_off(monkeypatch):
