@@ -45,8 +45,9 @@ def _forward(x: mx.array, table: mx.array, at: mx.array) -> list[mx.array]:
 
 def _backward(inputs: tuple, cotangents: tuple, _outputs: tuple) -> list[mx.array]:
     _, table, at = inputs
-    _, (d_table,) = mx.vjp(lambda table: [_vectors(table, at)], [table], cotangents[:1])
-    return [cotangents[0], d_table, mx.zeros_like(at)]
+    wide = [a.astype(mx.float32) for a in (table, cotangents[0])]  # else a row's many patches add up in half precision
+    _, (d_table,) = mx.vjp(lambda table: [_vectors(table, at)], wide[:1], wide[1:])
+    return [cotangents[0], d_table.astype(table.dtype), mx.zeros_like(at)]
 
 
 _launched = custom_function(_forward, _backward)
