@@ -115,9 +115,13 @@ def launches_of(op: Op, size: str, dtype: mx.Dtype, wrt: Sequence[int] | None = 
 
 
 def of_launch(launch: Launch) -> Count:
-    """Inputs once, outputs once; a placeholder of one element for an input or output that is not used counts too."""
+    """Inputs once, or as often as the kernel says, and outputs once.
+
+    A placeholder of one element for an input or output that is not used counts too.
+    """
+    read = launch.kernel.read(launch) if launch.kernel.read else sum(a.nbytes for a in launch.inputs)
     written = sum(mx.zeros(shape, dtype).nbytes for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True))
-    return Count(1, sum(a.nbytes for a in launch.inputs), written)
+    return Count(1, read, written)
 
 
 def of_launches(launches: Iterable[Launch]) -> Count:

@@ -24,13 +24,25 @@ import mlx.core as mx
 
 from gemma_mlx.ops import dispatch
 from gemma_mlx.ops.custom import custom_function
-from gemma_mlx.ops.kernel import Kernel
+from gemma_mlx.ops.kernel import Kernel, Launch
 from gemma_mlx.ops.registry import Op
 from gemma_mlx.ops.threads import one_dtype, random_arrays
 
 FORWARD = ("q", "k", "v", "lengths", "constants"), ("out", "sums")
 QUERIES = ("q", "k", "v", "out", "cotangent", "sums", "lengths", "constants"), ("d_q", "deltas")
 KEYS = ("q", "k", "v", "cotangent", "sums", "deltas", "lengths", "constants"), ("d_k", "d_v")
+
+
+def read(launch: Launch) -> int:
+    """Bytes that a launch of either form reads, by the formula."""
+    q, m = launch.inputs[0], launch.inputs[1].shape[1]
+    batch, n, heads, size = q.shape
+    values, rows = q.dtype.size * size, launch.template["ROWS"]
+    once = {"out": n, "d_q": 3 * n, "d_k": 2 * m}[launch.kernel.outputs[0]] * values
+    if launch.kernel.outputs == KEYS[1]:
+        return batch * heads * (once + -(-m // rows) * n * (2 * values + 8))
+    sums = 0 if launch.kernel.outputs == FORWARD[1] else 4 * n
+    return batch * heads * (once + -(-n // rows) * m * 2 * values + sums)
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,9 @@ class Form:
 MOST_MEMORY = 32768
 """Bytes of threadgroup memory."""
 NUMBERS = Form(
-    Kernel("flash_attention", *FORWARD, ("flash.h",)),
-    Kernel("flash_attention_queries", *QUERIES, ("flash.h",)),
-    Kernel("flash_attention_keys", *KEYS, ("flash.h",)),
+    Kernel("flash_attention", *FORWARD, ("flash.h",), read=read),
+    Kernel("flash_attention_queries", *QUERIES, ("flash.h",), read=read),
+    Kernel("flash_attention_keys", *KEYS, ("flash.h",), read=read),
     matrices=False,
     blocks=((64, 32), (32, 32), (32, 16), (16, 16)),
 )

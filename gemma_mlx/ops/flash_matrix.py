@@ -8,14 +8,24 @@ from __future__ import annotations
 import mlx.core as mx
 
 from gemma_mlx.ops import dispatch
-from gemma_mlx.ops.flash_attention import FORWARD, KEYS, QUERIES, Form, flash_attention, launched, reference, sizes
+from gemma_mlx.ops.flash_attention import (
+    FORWARD,
+    KEYS,
+    QUERIES,
+    Form,
+    flash_attention,
+    launched,
+    read,
+    reference,
+    sizes,
+)
 from gemma_mlx.ops.kernel import Kernel
 from gemma_mlx.ops.registry import Op
 
 MATRICES = Form(
-    Kernel("flash_matrix", *FORWARD, ("flash_matrix.h",), cuda=False),
-    Kernel("flash_matrix_queries", *QUERIES, ("flash_matrix.h",), cuda=False),
-    Kernel("flash_matrix_keys", *KEYS, ("flash_matrix.h",), cuda=False),
+    Kernel("flash_matrix", *FORWARD, ("flash_matrix.h",), cuda=False, read=read),
+    Kernel("flash_matrix_queries", *QUERIES, ("flash_matrix.h",), cuda=False, read=read),
+    Kernel("flash_matrix_keys", *KEYS, ("flash_matrix.h",), cuda=False, read=read),
     matrices=True,
     blocks=((64, 32), (64, 16), (32, 16)),
 )

@@ -32,6 +32,7 @@ class Kernel:
             the body only, so a helper takes them as arguments.
         atomic: whether outputs are atomic; their launch then gives ``init``.
         cuda: whether the body also is CUDA: no simdgroup matrices.
+        read: bytes that a launch reads, for a kernel whose threadgroups read the same again; None: each input once.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kernel:
     headers: tuple[str, ...] = ()
     atomic: bool = False
     cuda: bool = True
+    read: Callable[[Launch], int] | None = None
 
     @property
     def body(self) -> str:

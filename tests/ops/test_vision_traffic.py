@@ -10,6 +10,7 @@ import pytest
 from harness import emulated
 from metal.emulator import Emulator
 
+from gemma_mlx.kernel_counts import with_kernels
 from gemma_mlx.ops import depthwise_conv, flash_attention, flash_matrix, norm_gelu, qk_norm_rope, vision_pool
 from gemma_mlx.ops.flash_attention import NUMBERS, moved
 from gemma_mlx.ops.flash_matrix import MATRICES
@@ -38,6 +39,14 @@ def launches(op, given):
 def arrays(dtype, *shapes, seed=0):
     random = np.random.default_rng(seed)
     return [mx.array(random.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize(("op", "kind"), [(flash_attention.OP, NUMBERS), (flash_matrix.OP, MATRICES)])
+def test_the_benchmarks_count_that_formula(op, kind):
+    forward, backward = with_kernels(op, "real", mx.bfloat16)
+    shape = (1, 2520, 12, 64)
+    first, *others = (moved(kind, kernel, shape, shape, 2) for kernel in kind.kernels)
+    assert (forward.moved, backward.moved) == (first, sum(others))
 
 
 @pytest.mark.parametrize(("op", "kind"), [(flash_attention.OP, NUMBERS), (flash_matrix.OP, MATRICES)])
