@@ -5,6 +5,8 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: their threads would wait for each other's cores
+    os.environ |= {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
