@@ -74,7 +74,7 @@ class Record:
         accesses: how often memory was read or written, private arrays included.
         written: for each output, which of its bytes were written: bool, shaped as the output with its bytes as a
             further axis.
-        traffic: name of each input and output -> (bytes loaded from it, loaded once for each threadgroup, stored to it).
+        traffic: name of each input and output -> (bytes loaded, loaded once for each threadgroup, stored).
     """
 
     kernel: str

@@ -13,10 +13,11 @@ from gemma_mlx.ops.kernel import Kernel, Launch, Template, Triple
 
 @dataclass(frozen=True)
 class Inline(Kernel):
-    """A kernel with its text; messages call it `<name>.metal` and `<name>.h`."""
+    """A kernel with its text; messages call it `<name>.metal` and `<name>.h`. Inputs may be strided if it says so."""
 
     text: str = ""
     header_text: str = ""
+    strided: bool = False
 
     @property
     def body(self) -> str:

@@ -181,4 +181,25 @@ EMULATED_QUIET size_t elem_to_loc(uint elem, Shape shape, Strides strides, int n
   return loc;
 }
 
+// Others of MLX's utilities.
+template <typename A, typename B> inline A ceildiv(A a, B b) { return (a + b - 1) / b; }
+EMULATED_INLINE float log1p(float x) { return __builtin_log1pf(x); }
+EMULATED_INLINE bfloat log1p(bfloat x) { return static_cast<bfloat>(__builtin_log1pf(static_cast<float>(x))); }
+template <typename T> struct Limits {
+  static constexpr T max = numeric_limits<T>::max();
+  static constexpr T min = numeric_limits<T>::lowest();
+  static constexpr T finite_max = numeric_limits<T>::max();
+  static constexpr T finite_min = numeric_limits<T>::lowest();
+};
+#define EMULATED_FLOAT_LIMITS(T)                                              \
+  template <> struct Limits<T> {                                              \
+    static constexpr T max = static_cast<T>(__builtin_inff());                \
+    static constexpr T min = static_cast<T>(-__builtin_inff());               \
+    static constexpr T finite_max = numeric_limits<T>::max();                 \
+    static constexpr T finite_min = numeric_limits<T>::lowest();              \
+  };
+EMULATED_FLOAT_LIMITS(float)
+EMULATED_FLOAT_LIMITS(half)
+EMULATED_FLOAT_LIMITS(bfloat)
+
 #include "entry.h"

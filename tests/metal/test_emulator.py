@@ -356,3 +356,14 @@ def test_speed():
     emulator, start = Emulator(), time.perf_counter()
     run(text, emulator, shape=(1 << 20,), grid=(1 << 20, 1, 1), group=(256, 1, 1))
     assert emulator.records[0].accesses / (time.perf_counter() - start) > 20e6
+
+
+def test_strided_inputs():
+    """Of a kernel that finds its elements by their strides, as MLX's documentation shows."""
+    x = mx.random.normal((8, 6))[::2, 1:5]
+    kernel = Inline("strided", ("x",), ("out",), strided=True, text="""
+uint i = thread_position_in_grid.x;
+out[i] = x[elem_to_loc(i, x_shape, x_strides, x_ndim)];
+""")  # fmt: skip
+    (out,) = Emulator().run(Launch(kernel, (x,), {}, (16, 1, 1), (16, 1, 1), ((4, 4),), (mx.float32,)))
+    assert mx.array_equal(out, x).item()
