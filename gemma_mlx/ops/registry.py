@@ -23,6 +23,8 @@ MODULES: tuple[str, ...] = (
     "sparse_gelu",
     "banded_attention",
     "glu_conv",
+    "norm_relu",
+    "cumulative_norm",
     "flash_attention",
     "flash_matrix",
     "qk_norm_rope",

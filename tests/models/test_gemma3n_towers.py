@@ -89,7 +89,7 @@ def test_image_soft_tokens(pair):
 
 @pytest.mark.parametrize("frames", [1, 7, 1499])
 def test_cumulative_group_norm(frames):
-    """Against the reference and against its definition in float64, over as many steps as 30 seconds have."""
+    """With its relu, against the reference and its definition in float64, over as many steps as 30 seconds have."""
     from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioCumulativeGroupNorm
 
     rng = np.random.default_rng(0)
@@ -98,11 +98,11 @@ def test_cumulative_group_norm(frames):
     theirs, ours = Gemma3nAudioCumulativeGroupNorm(4, (8,), 1e-3), CumulativeGroupNorm(4, 1e-3)
     theirs.weight.data, ours.weight = torch.tensor(weight), mx.array(weight)
     with torch.no_grad():
-        expected = theirs(torch.tensor(x)).numpy()
+        expected = torch.relu(theirs(torch.tensor(x))).numpy()
     values, count = x.astype(np.float64), 32 * np.arange(1, frames + 1)[None, :, None, None]
     centred = values - np.cumsum(values.sum((2, 3), keepdims=True), 1) / count
     variance = np.cumsum((centred**2).sum((2, 3), keepdims=True), 1) / count
-    exact = centred / np.sqrt(variance + 1e-3) * weight
+    exact = np.maximum(centred / np.sqrt(variance + 1e-3) * weight, 0)
     found = np.array(ours(mx.array(x)))
     print(f"{frames} steps: ours {np.abs(found - exact).max():.1e}, reference {np.abs(expected - exact).max():.1e}")
     assert np.abs(found - exact).max() <= 1e-5 and np.abs(found - expected).max() <= 1e-5

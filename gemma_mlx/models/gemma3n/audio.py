@@ -14,16 +14,13 @@ import mlx.nn as nn
 from gemma_mlx.models.conformer import relative_positions
 from gemma_mlx.models.layers import RMSNorm
 from gemma_mlx.ops.banded_attention import banded_attention
+from gemma_mlx.ops.cumulative_norm import cumulative_norm
 from gemma_mlx.ops.glu_conv import glu_conv, limited
 from gemma_mlx.spec_gemma3n import Gemma3nAudioSpec
 
 
 class CumulativeGroupNorm(nn.Module):
-    """x [M, T, F, C] normed by what was heard so far, in float32 (``Gemma3nAudioCumulativeGroupNorm``).
-
-    The mean at time t is that of all values up to t; the variance at t is the mean of the squared deviations, each from
-    the mean at its own time.
-    """
+    """relu of x [M, T, F, C] normed by what was heard so far (``Gemma3nAudioCumulativeGroupNorm``)."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -31,12 +28,7 @@ class CumulativeGroupNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        values = x.astype(mx.float32)
-        count = mx.arange(1, x.shape[1] + 1).astype(mx.float32)[None, :, None, None] * (x.shape[2] * x.shape[3])
-        mean = mx.cumsum(mx.sum(values, axis=(2, 3), keepdims=True), axis=1) / count
-        centred = values - mean
-        variance = mx.cumsum(mx.sum(mx.square(centred), axis=(2, 3), keepdims=True), axis=1) / count
-        return (centred * mx.rsqrt(variance + self.eps) * self.weight.astype(mx.float32)).astype(x.dtype)
+        return cumulative_norm(x, self.weight, self.eps)
 
 
 class SubsampleLayer(nn.Module):
@@ -49,7 +41,7 @@ class SubsampleLayer(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = mx.pad(x.astype(self.conv.weight.dtype), [(0, 0), (0, 2), (1, 1), (0, 0)])
-        return nn.relu(self.norm(self.conv(x)))
+        return self.norm(self.conv(x))
 
 
 class SubsampleProjection(nn.Module):

@@ -19,6 +19,7 @@ from gemma_mlx.ops.banded_attention import banded_attention
 from gemma_mlx.ops.custom import contiguous
 from gemma_mlx.ops.device import on_gpu
 from gemma_mlx.ops.glu_conv import glu_conv, limited
+from gemma_mlx.ops.norm_relu import norm_relu
 
 
 def soft_token_index(input_features_mask: np.ndarray | mx.array) -> np.ndarray:
@@ -69,18 +70,19 @@ def _strided_conv_by_taps(x: mx.array, weight: mx.array) -> mx.array:
 
 
 class SubsampleLayer(nn.Module):
-    """Masked stride-2 convolution, LayerNorm over channels, ReLU: half the frames, half the bins."""
+    """Stride-2 convolution, LayerNorm over channels, ReLU: half the frames, half the bins.
+
+    Called with x [M, T, F, C], and bool [M, ceil(T / 2)] or None: frames of the result that are to be 0.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, eps: float):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
         self.norm = nn.LayerNorm(out_channels, eps=eps, bias=False)
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        if mask is not None:
-            x = x * mask[:, :, None, None].astype(x.dtype)
-        x = nn.relu(self.norm(_strided_conv(x.astype(self.conv.weight.dtype), self.conv.weight)))
-        return x, None if mask is None else mask[:, ::2]
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        x = _strided_conv(x.astype(self.conv.weight.dtype), self.conv.weight)
+        return norm_relu(x, self.norm.weight, self.norm.eps, mask)
 
 
 class SubsampleProjection(nn.Module):
@@ -95,9 +97,11 @@ class SubsampleProjection(nn.Module):
         self.input_proj_linear = nn.Linear((first // 4) * second, spec.hidden_size, bias=False)
 
     def __call__(self, features: mx.array, mask: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        x, mask = self.layer0(features[..., None], mask)
-        x, mask = self.layer1(x, mask)
-        return self.input_proj_linear(x.flatten(2)), mask
+        if mask is not None:
+            features = features * mask[..., None].astype(features.dtype)
+        x = self.layer0(features[..., None], None if mask is None else mask[:, ::2])
+        x = self.layer1(x, None)
+        return self.input_proj_linear(x.flatten(2)), None if mask is None else mask[:, ::4]
 
 
 class AudioFeedForward(nn.Module):
