@@ -69,7 +69,7 @@ def _sizes(rows: int, columns: int):
         wanted = mx.array(random.integers(-columns, 2 * columns, (rows, 1)).astype(np.int32))
         own, factor = (mx.array(random.standard_normal((rows, 1)).astype(np.float32)) for _ in range(2))
         scores = mx.array(30 * random.standard_normal((rows, columns))).astype(dtype)
-        return [scores, wanted, mx.full((rows, 1), -40.0), own, factor, Curve(30.0), dtype]
+        return [scores, wanted, mx.zeros((rows, 1)), own, factor, Curve(30.0), dtype]
 
     return make
 

@@ -96,14 +96,17 @@ def sparse_gelu(gate: mx.array, x: mx.array, sparsity: float) -> mx.array:
     return reference(gate, x, sparsity)
 
 
+_SPARSITY = NormalDist().cdf(1.5)
+"""Near the checkpoints' 0.95, of a quantile that is the same in every dtype: at the threshold the gradient jumps."""
+
 OP = Op(
     name="sparse_gelu",
     kernels=(FORWARD, BACKWARD),
     function=sparse_gelu,
     reference=reference,
     sizes={
-        "small": lambda random, dtype: [*random_arrays(random, dtype, [(3, 301)] * 2), 0.95],
-        "real": lambda random, dtype: [*random_arrays(random, dtype, [(512, 8192)] * 2), 0.95],
+        "small": lambda random, dtype: [*random_arrays(random, dtype, [(3, 301)] * 2), _SPARSITY],
+        "real": lambda random, dtype: [*random_arrays(random, dtype, [(512, 8192)] * 2), _SPARSITY],
     },
     wrt=(0, 1),
 )
