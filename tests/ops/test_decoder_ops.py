@@ -204,3 +204,39 @@ def test_head_pulls(dtype, columns):
     for curve in (Curve(30.0), Curve(None)):
         given = [*scores, wanted, mx.full((3, 1), 4.0 if curve.cap else 20.0), own, factor, curve, dtype]
         check(head_pulls, given, pulls_oracle(curve), dtype=dtype, schedules=ONCE)
+
+
+SAMPLED = dict(schedules=ONCE, sample=12)
+REAL = {
+    "gated_gelu": lambda: check(gated_gelu, arrays(0, (2520, 3072), (2520, 3072)), gelu_times, (0, 1), **SAMPLED),
+    "norm_residual": lambda: check(
+        norm_residual, [*arrays(1, (2520, 768), (2520, 768), (768,)), 1e-6, 1.0, None], norm_onto, (0, 1), **SAMPLED
+    ),
+    "altup_predict": lambda: check(
+        altup_predict, arrays(2, (512, 2048), (3, 512, 2048), (512, 4, 4)), predict, (0, 1, 2), **SAMPLED
+    ),
+    "altup_correct": lambda: check(
+        altup_correct, arrays(3, (512, 2048), (3, 512, 2048), (512, 2048), (512, 3), (512, 2048)), correct,
+        (0, 2, 3, 4), **SAMPLED,
+    ),
+    "sparse_gelu": lambda: check(
+        sparse_gelu, [*arrays(4, (512, 8192), (512, 8192)), 0.95], sparse_at(0.95, mx.float32), (0, 1), **SAMPLED
+    ),
+    "head_scores": lambda: check(
+        head_scores,
+        [*arrays(5, (24, 16384), size=10.0), *running(list(range(24)), 6), Curve(30.0), mx.float32],
+        scores_oracle(Curve(30.0), 512), schedules=ONCE,
+    ),
+    "head_pulls": lambda: check(
+        head_pulls,
+        [*arrays(6, (24, 16384), size=5.0), np.arange(24, dtype=np.int32)[:, None], *[mx.ones((24, 1))] * 3, Curve(30.0), mx.float32],
+        pulls_oracle(Curve(30.0)), schedules=ONCE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_real_sizes(name):
+    """Twelve threadgroups, of the same rows in the gradients; of the head's chunks 24 rows, whole."""
+    REAL[name]()
