@@ -229,7 +229,8 @@ REAL = {
     ),
     "head_pulls": lambda: check(
         head_pulls,
-        [*arrays(6, (24, 16384), size=5.0), np.arange(24, dtype=np.int32)[:, None], *[mx.ones((24, 1))] * 3, Curve(30.0), mx.float32],
+        [*arrays(6, (24, 16384), size=5.0), np.arange(24, dtype=np.int32)[:, None], *[mx.ones((24, 1))] * 3,
+         Curve(30.0), mx.float32],
         pulls_oracle(Curve(30.0)), schedules=ONCE,
     ),
 }  # fmt: skip
