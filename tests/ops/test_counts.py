@@ -7,6 +7,10 @@ import pytest
 from metal.emulator import Emulator
 
 from gemma_mlx.kernel_counts import Count, launches_of, of_launch, plain, with_kernels
+from gemma_mlx.ops import dispatch
+from gemma_mlx.ops.head_curve import Curve
+from gemma_mlx.ops.head_pulls import head_pulls
+from gemma_mlx.ops.head_scores import head_scores
 from gemma_mlx.ops.registry import ops
 
 OPS = {op.name: op for op in ops()}
@@ -66,3 +70,19 @@ def asked(record, launch) -> float:
         elif name in launch.kernel.outputs:
             total += stored * share
     return total
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("cap", "reads"), [(30.0, 1), (None, 2)])
+def test_a_chunk_of_the_head(cap, reads, dtype):
+    """n · v · (reads · b + g): scores once, twice where exponents are measured from the highest; gradients once."""
+    n, v = 5, 1031
+    scores, column = mx.random.normal((n, v)).astype(dtype), mx.zeros((n, 1))
+    wanted, start = mx.full((n, 1), 7, mx.int32), mx.zeros((1, 1), mx.int32)
+    with dispatch.using(Emulator()) as emulator:
+        head_scores(scores, wanted, start, column, wanted, column, column, Curve(cap), dtype)
+        head_pulls(scores, wanted, column, column, column, Curve(cap), dtype)
+    softmax, pulls = (record.traffic for record in emulator.records)
+    rows = n * dtype.size  # the target's own score is read once more
+    assert softmax["scores"][0] == reads * scores.nbytes + rows and softmax["pulls"][2] == scores.nbytes
+    assert pulls["scores"][0] == scores.nbytes and pulls["pulls"][2] == scores.nbytes
