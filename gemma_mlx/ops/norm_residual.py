@@ -18,6 +18,8 @@ WIDEST = 16384
 """Values of a row, at most: a thread holds sixteen."""
 ROWS = 32
 """Rows of a block of the weight's gradient."""
+TURNS, MANY_ROWS = 4, 512
+"""Rows of a threadgroup where there are many: they share one reading of the weight."""
 
 FORWARD = Kernel("norm_residual", ("x", "residual", "weight", "constants", "scale"), ("out", "inverses"), ("reduce.h",))
 BACKWARD = Kernel(
@@ -47,19 +49,23 @@ def _rows(x: mx.array) -> mx.array:
     return x.reshape(-1, x.shape[-1])
 
 
+def _groups(x: mx.array, flags: dict[str, bool]) -> dict:
+    """Template, grid and threadgroup of a launch over rows [rows, width]."""
+    template, turns = row_template(x.shape[1]), TURNS if x.shape[0] >= MANY_ROWS else 1
+    grid, threadgroup = row_groups(-(-x.shape[0] // turns), template["THREADS"])
+    return {"template": {"T": x.dtype, "TURNS": turns, **template, **flags}, "grid": grid, "threadgroup": threadgroup}
+
+
 def _launched(eps: float, factor: float, weighted: bool, scaled: bool):
     """The op of x, residual, weight and scale (or what stands in for them); the norms' factors are kept."""
     constants = mx.array([eps, factor], mx.float32)
     flags = {"WEIGHTED": weighted, "SCALED": scaled}
 
     def forward(x: mx.array, residual: mx.array, weight: mx.array, scale: mx.array) -> list[mx.array]:
-        rows, template = _rows(x), row_template(x.shape[-1])
-        grid, threadgroup = row_groups(len(rows), template["THREADS"])
+        rows = _rows(x)
         out, inverses = FORWARD(
             [rows, _rows(residual), weight, constants, scale],
-            template={"T": x.dtype, **template, **flags},
-            grid=grid,
-            threadgroup=threadgroup,
+            **_groups(rows, flags),
             shapes=[rows.shape, (len(rows),)],
             dtypes=[x.dtype, mx.float32],
         )
@@ -67,13 +73,10 @@ def _launched(eps: float, factor: float, weighted: bool, scaled: bool):
 
     def backward(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         x, _, weight, scale = inputs
-        rows, cotangent, template = _rows(x), _rows(cotangents[0]), row_template(x.shape[-1])
-        grid, threadgroup = row_groups(len(rows), template["THREADS"])
+        rows, cotangent = _rows(x), _rows(cotangents[0])
         d_x, d_residual = BACKWARD(
             [rows, cotangent, outputs[1], weight, constants, scale],
-            template={"T": x.dtype, **template, **flags},
-            grid=grid,
-            threadgroup=threadgroup,
+            **_groups(rows, flags),
             shapes=[rows.shape, rows.shape if scaled else (1,)],
             dtypes=[x.dtype, x.dtype],
         )

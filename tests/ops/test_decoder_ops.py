@@ -80,6 +80,13 @@ def test_norm_residual_at_the_edges(width):
     check(norm_residual, [x, residual, None, 1e-5, 1.0, None], norm_onto, (0, 1), schedules=ONCE)
 
 
+@pytest.mark.parametrize("rows", [511, 512, 515])
+def test_norm_residual_of_many_rows(rows):
+    """A group of several rows, the last of fewer."""
+    given = [*arrays(rows, (rows, 37), (rows, 37), (37,)), 1e-6, 1.0, None]
+    check(norm_residual, given, norm_onto, (0, 1, 2), schedules=("random",))
+
+
 def test_norm_of_zeros_is_zero():
     zeros, ones = np.zeros((3, 40)), np.ones((3, 40))
     check(norm_residual, [zeros, ones, ones[0], 1e-6, 1.0, None], norm_onto, (0, 1, 2), schedules=ONCE)
