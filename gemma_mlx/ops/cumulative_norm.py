@@ -146,6 +146,6 @@ OP = Op(
     kernels=(STATS, SCAN, APPLY, PULLS, UNSCAN, BACKWARD, WEIGHT),
     function=cumulative_norm,
     reference=reference,
-    sizes={"small": _sizes(2, 35, 3, 13), "real": _sizes(1, 1500, 64, 128)},
+    sizes={"small": _sizes(2, 35, 3, 43), "real": _sizes(1, 1500, 64, 128)},
     wrt=(0, 1),
 )

@@ -162,6 +162,7 @@ EXPORT Shadow __msan_metadata_ptr_for_store_n(void* at, u64 n) {
 }
 EXPORT Context* __msan_get_context_state() { return &R.context; }
 EXPORT void __msan_poison_alloca(void* at, u64 size, const char*) {
+  if (u64(at) < R.stack_low + 4096) fail("stack", "more private memory than 124 KB", PLACE);
   memset(M.stacks_shadow + ((u8*)at - M.stacks), 0xFF, size);
 }
 EXPORT void __msan_unpoison_alloca(void* at, u64 size) { memset(M.stacks_shadow + ((u8*)at - M.stacks), 0, size); }

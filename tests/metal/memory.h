@@ -66,6 +66,7 @@ struct Fault {
 
 constexpr u64 MARGIN = 128ul << 30, DATA = 64ul << 30, GRAIN = 1ul << 16;
 constexpr u64 ARENA = 1ul << 20, STACK = 1ul << 17, MOST_THREADS = 1024, THREADGROUP_BYTES = 32768;
+constexpr u64 SPARE_STACKS = 1ul << 20;
 constexpr u32 MOST_BUFFERS = 250, MOST_ARRAYS = 120;
 constexpr u8 POISON = 0xFF;
 
@@ -102,13 +103,14 @@ static bool memory_ready() {
   M.arena_shadow = reserve(ARENA);
   M.arena_at = reserve(ARENA / 16);
   M.arena_cells = (Cell*)reserve(ARENA * sizeof(Cell));
-  M.stacks = reserve(STACK * MOST_THREADS);
+  u8* stacks = reserve(SPARE_STACKS + STACK * MOST_THREADS);  // below the first, for a frame too large to be told
   M.stacks_shadow = reserve(STACK * MOST_THREADS);
   M.slots = reserve(SLOT_BYTES);
   M.slots_shadow = reserve(SLOT_BYTES);
   M.zeros = reserve(1 << 16);
-  if (!heap || !M.heap_shadow || !M.cells || !M.zeros || !M.stacks || !M.stacks_shadow) return false;
+  if (!heap || !M.heap_shadow || !M.cells || !M.zeros || !stacks || !M.stacks_shadow) return false;
   M.heap = heap + MARGIN;
+  M.stacks = stacks + SPARE_STACKS;
   for (u64 i = 0; i < MOST_THREADS; ++i) mprotect(M.stacks + i * STACK, 4096, 0);  // a stack that overflows is seen
   return true;
 }

@@ -1,6 +1,5 @@
 """No barrier of a kernel is idle: without any one of them that runs, the emulator complains of it."""
 
-import math
 import re
 from dataclasses import replace
 
@@ -46,7 +45,6 @@ def complains(launch, kinds=None):
     return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
 def test_every_barrier_is_needed(op):
     launches.clear()
@@ -57,7 +55,7 @@ def test_every_barrier_is_needed(op):
         runs = dict(variants(launch, "{ volatile int none = 0; none = 1 / none; }"))
         for where, without in variants(launch, ""):
             if not complains(runs[where], ("division-by-zero",)):
+                assert "header_text" in where, f"{where} is not reached at the op's small size"
                 continue
             told = complains(without, ("race", "race-across-threadgroups", "uninitialised"))
-            # a helper's barrier between SIMD groups is redundant where there is one, as in a row that 32 threads sum
-            assert told or ("header_text" in where and math.prod(launch.threadgroup) <= 32), f"{where} is idle"
+            assert told, f"{where} is idle"

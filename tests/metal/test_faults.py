@@ -139,3 +139,15 @@ def test_a_private_array_by_pointer():
     with pytest.raises(Fault) as found:
         run(f"{array}out[i] = p[2 * (i % 2)];", Emulator(optimise=True))
     assert (found.value.kind, found.value.line) == ("out-of-bounds", 4)
+
+
+@pytest.mark.parametrize("count", [32000, 33000, 80000])
+@pytest.mark.parametrize("schedule", ["fifo", "lifo", "random"])
+def test_private_memory_is_bounded(count, schedule):
+    def text(count):
+        return f"float a[{count}];\nfor (uint k = 0; k < {count}; ++k) a[k] = x[i];\nout[i] = a[i];"
+
+    assert np.array_equal(np.array(run(text(400), Emulator(schedule))), X)
+    with pytest.raises(Fault) as found:
+        run(text(count), Emulator(schedule))
+    assert found.value.kind == "stack", found.value
