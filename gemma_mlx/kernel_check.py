@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,12 @@ class Result:
     """What one op did at one size in one dtype.
 
     Attributes:
-        error: the largest difference of a result or gradient from plain MLX in float32, over its largest value.
+        error: the largest difference of a result or gradient from plain MLX in float32, over its largest value;
+            infinite for NaN, and where a kernel failed.
         within: whether that is within the dtype's tolerance.
         seconds, plain_seconds: of value and gradients, by kernels and by plain MLX; None where it was not timed.
         moved: bytes that the kernels read and write, inputs and outputs once.
+        failure: what the compiler or the device said where a kernel did not run at all.
     """
 
     op: str
@@ -42,6 +45,7 @@ class Result:
     seconds: float | None
     plain_seconds: float | None
     moved: int
+    failure: str | None = None
 
     @property
     def bandwidth(self) -> float | None:
@@ -140,10 +144,13 @@ def checked(op: Op, size: str, dtype: mx.Dtype, timed: bool) -> Result:
     """One op at one of its sizes."""
     given = arguments(op, size, dtype)
     mx.eval([a for a in given if isinstance(a, mx.array)])
-    error = error_of(op, given)
-    times = [seconds_of(f, given, op.wrt) if timed else None for f in (op.function, op.reference)]
     moved = sum(with_kernels(op, size, dtype), Count()).moved
     name = str(dtype).rsplit(".", 1)[-1]
+    try:
+        error = error_of(op, given)
+        times = [seconds_of(f, given, op.wrt) if timed else None for f in (op.function, op.reference)]
+    except (RuntimeError, ValueError) as e:  # of one kernel: the others are to be tested still
+        return Result(op.name, size, name, float("inf"), False, None, None, moved, str(e) or type(e).__name__)
     return Result(op.name, size, name, error, error <= TOLERANCES[dtype], times[0], times[1], moved)
 
 
@@ -161,9 +168,14 @@ def check_all(sizes: Sequence[str] = ("small", "real")) -> Iterator[Result]:
                 yield result
 
 
+def _finite(error: float) -> float | None:
+    """JSON has no infinity."""
+    return error if math.isfinite(error) else None
+
+
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
     """What to attach to an issue."""
-    rows = [asdict(r) | {"bytes_per_second": r.bandwidth} for r in results]
+    rows = [asdict(r) | {"error": _finite(r.error), "bytes_per_second": r.bandwidth} for r in results]
     return {
         "machine": describe(),
         "backend": dispatch.backend().name,

@@ -30,6 +30,8 @@ def run(out: Path | None) -> int:
             click.echo(_line(HEADINGS))
         results.append(result)
         click.echo(_line(row(result)))
+        if result.failure:
+            click.echo(f"  {result.failure.strip().splitlines()[0]}")
     wrong = [r for r in results if not r.within]
     if out:
         write_whole(out, (json.dumps(as_json(results), indent=1) + "\n").encode())
@@ -46,7 +48,8 @@ def run(out: Path | None) -> int:
 
 def row(result: Result) -> tuple[str, ...]:
     """A result's cells."""
-    cells = [result.op, result.size, result.dtype, f"{result.error:.1e}", "ok" if result.within else "WRONG"]
+    verdict = "ok" if result.within else "FAILS" if result.failure else "WRONG"
+    cells = [result.op, result.size, result.dtype, f"{result.error:.1e}", verdict]
     if result.seconds is None:
         return (*cells, "", "", "", f"{result.moved / 1e6:.2f}", "")
     return (

@@ -23,6 +23,15 @@ class Off(Emulator):
         return [a * 1.001 if mx.issubdtype(a.dtype, mx.floating) else a for a in super().run(launch)]
 
 
+class Refuses(Emulator):
+    """A device whose compiler does not take one op."""
+
+    def run(self, launch):
+        if launch.kernel.name.startswith("gated_gelu"):
+            raise RuntimeError("Unable to build metal library from source\nmore")
+        return super().run(launch)
+
+
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     """A cache folder of its own."""
@@ -68,6 +77,20 @@ def test_wrong_kernels(two_ops):
     assert not trust.trusted()
     wrong = [line.split()[2] for line in ran.output.splitlines() if "WRONG" in line]
     assert wrong == ["float32"] * 4
+
+
+def test_a_kernel_that_fails_ends_its_own_test_only(two_ops, tmp_path):
+    """The others are tested, and the JSON says what the device said."""
+    with dispatch.using(Refuses()):
+        ran = doctor("--out", str(tmp_path / "kernels.json"))
+    assert ran.return_value == 1, ran.output
+    assert ran.output.count("FAILS") == 5 and "5 of 10 within tolerance" in ran.output
+    assert "  Unable to build metal library from source\n" in ran.output
+    text = (tmp_path / "kernels.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)["results"]
+    failed = [r for r in results if r["failure"]]
+    assert {r["op"] for r in failed} == {"gated_gelu"} and all(r["failure"].endswith("more") for r in failed)
+    assert {r["op"] for r in results if r["within"]} == {"norm_residual"} and "gated_gelu" not in trust.trusted()
 
 
 def test_every_op_is_right():
