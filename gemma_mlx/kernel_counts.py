@@ -100,11 +100,10 @@ def of_chosen(function: Callable, given: Sequence[Any], wrt: Sequence[int]) -> C
     return run
 
 
-def launches_of(op: Op, size: str, dtype: mx.Dtype, wrt: Sequence[int] | None = None) -> tuple[list[Launch], list]:
-    """(launches of the forward, of the gradients of the arguments `wrt`, by default of all)."""
-    wrt = op.wrt if wrt is None else wrt
+def launches_of(op: Op, size: str, dtype: mx.Dtype) -> tuple[list[Launch], list[Launch]]:
+    """(launches of the forward, of all gradients)."""
     given = arguments(op, size, dtype)
-    run, chosen = of_chosen(op.function, given, wrt), [given[i] for i in wrt]
+    run, chosen = of_chosen(op.function, given, op.wrt), [given[i] for i in op.wrt]
     with dispatch.using(Recorder()) as recorder:
         outputs = run(*chosen)
         forward = len(recorder.launches)
@@ -153,8 +152,9 @@ def _own_norms():
         mx.fast.rms_norm = held
 
 
-def plain_graph(op: Op, size: str, dtype: mx.Dtype, wrt: Sequence[int]) -> Graph:
+def plain_graph(op: Op, size: str, dtype: mx.Dtype) -> Graph:
     """The graph of an op's reference with its gradients; its outputs are called ``out 0`` …, ``gradient 0`` …"""
+    wrt = op.wrt
     given = arguments(op, size, dtype)
     places = [i for i, a in enumerate(given) if isinstance(a, mx.array)]
 
@@ -279,12 +279,12 @@ def _of_group(at: int, those: list[Operation], used_in: dict[int, set[int]], wan
     return Count(1, sum(read.values()), written, sum(map(_flops, those)))
 
 
-def plain(op: Op, size: str, dtype: mx.Dtype, wrt: Sequence[int] | None = None) -> tuple[Count, Count]:
-    """(forward, gradients of the arguments `wrt`, by default of all) of an op's reference."""
-    return of_graph(plain_graph(op, size, dtype, op.wrt if wrt is None else wrt))
+def plain(op: Op, size: str, dtype: mx.Dtype) -> tuple[Count, Count]:
+    """(forward, all gradients) of an op's reference."""
+    return of_graph(plain_graph(op, size, dtype))
 
 
-def with_kernels(op: Op, size: str, dtype: mx.Dtype, wrt: Sequence[int] | None = None) -> tuple[Count, Count]:
-    """(forward, gradients) of an op's kernels."""
-    forward, gradients = launches_of(op, size, dtype, wrt)
+def with_kernels(op: Op, size: str, dtype: mx.Dtype) -> tuple[Count, Count]:
+    """(forward, all gradients) of an op's kernels."""
+    forward, gradients = launches_of(op, size, dtype)
     return of_launches(forward), of_launches(gradients)

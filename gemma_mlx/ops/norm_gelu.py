@@ -29,13 +29,17 @@ WEIGHT = Kernel("norm_gelu_weight", ("x", "cotangent", "weight", "inverses"), ("
 
 
 @partial(mx.compile, shapeless=True)
-def _gelu(x: mx.array) -> mx.array:
+def gelu_tanh(x: mx.array) -> mx.array:
+    """0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), torch's ``gelu(approximate="tanh")``.
+
+    ``nn.gelu_approx`` with the cube as two products: a CPU takes a third less time for it and for its gradient.
+    """
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def reference(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.array:
     """`norm_gelu` in plain MLX."""
-    return _gelu(mx.fast.rms_norm(x, weight, eps))
+    return gelu_tanh(mx.fast.rms_norm(x, weight, eps))
 
 
 def _rows(kernel: Kernel, inputs: list[mx.array], shapes: list, dtypes: list) -> list[mx.array]:

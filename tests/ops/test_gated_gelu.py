@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_mlx.models.layers import gelu_tanh
 from gemma_mlx.ops.gated_gelu import gated_gelu
+from gemma_mlx.ops.norm_gelu import gelu_tanh
 
 
 def reference(gate, x, cotangent):
