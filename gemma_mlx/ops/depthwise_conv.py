@@ -3,8 +3,8 @@
 MLX copies a padded picture for the forward. Of its gradients (Metal backend of 0.32), the weight's is a convolution of
 transposed arrays with the cotangent for a kernel, a matrix product of one useful column for each channel; the input's
 at stride 2 is a product with k² times unfolded cotangents. Here each is a launch that reads its arrays once, but for a
-rim of 4 in 32 pixels. The weight's gradient, which a lazy graph computes only where the weight trains, adds up blocks of
-pixels and then the blocks: the same result in every run.
+rim of 4 in 32 pixels. The weight's gradient, which a lazy graph computes only where the weight trains, adds up blocks
+of pixels and then the blocks: the same result in every run.
 """
 
 from __future__ import annotations
