@@ -6,3 +6,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class SourceError(InputError):
+    """Where the data come from failed or changed (a server that does not answer, an object that was replaced).
+
+    No row is to blame, so it is never skipped as a bad row.
+    """

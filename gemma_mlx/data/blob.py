@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from gemma_mlx.errors import InputError
 
@@ -71,14 +70,13 @@ class Member:
     length: int
     name: str
     suffix: str = ""
-    opener: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
 
     def size(self) -> int:
         return self.length
 
     def open(self) -> BinaryIO:
         try:
-            with self.opener() if self.opener else self.file.open("rb") as file:
+            with self.file.open("rb") as file:
                 data = os.pread(file.fileno(), self.length, self.offset)
         except OSError as e:
             raise InputError(f"{self.name}: cannot be read ({e.strerror})") from None
