@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_mlx.data.examples import Example, Folders, Prompts, RowReader
+from gemma_mlx.data.examples import Example, Prompts, RowReader
+from gemma_mlx.data.places import Folders
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.local import CsvRows
 from gemma_mlx.data.template import Sample

@@ -26,12 +26,12 @@ columns with something in them        the example
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from gemma_mlx.data.sources.local import Row
+from gemma_mlx.data.blob import Medium
+from gemma_mlx.data.places import Folders
+from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError
 
 ANSWERS = ("answer", "response", "caption", "text")
@@ -57,21 +57,21 @@ class Text:
 class Image:
     """A picture in a turn, by its file."""
 
-    path: Path
+    path: Medium
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
     """A video in a turn, by its file; its sound is not heard."""
 
-    path: Path
+    path: Medium
 
 
 @dataclass(frozen=True, slots=True)
 class Audio:
     """A clip in a turn, by its file."""
 
-    path: Path
+    path: Medium
 
 
 Part = Text | Image | Video | Audio
@@ -135,69 +135,6 @@ class Prompts:
     audio: str | None = None
     image: str | None = None
     system: str | None = None
-
-
-class Folders:
-    """Finds a row's media and keeps them inside the data folder and the media roots.
-
-    Args:
-        data: the CSV's folder; relative paths are looked up here first.
-        media_roots: further folders, tried in order. An absolute path is accepted inside any of them.
-    """
-
-    def __init__(self, data: str | Path, media_roots: Iterable[str | Path] = ()):
-        self.roots = [Path(data), *map(Path, media_roots)]
-        for root in self.roots[1:]:
-            if not root.is_dir():
-                raise InputError(f"--media-root {root}: no such folder; give an existing one")
-        self._inside = [(os.path.abspath(root), os.path.realpath(root)) for root in self.roots]
-        self._real_folders: dict[str, str] = {}
-
-    def _real(self, path: str) -> str:
-        """`path` without symbolic links; a folder is resolved once, since rows share folders."""
-        folder, name = os.path.split(path)
-        if folder not in self._real_folders:
-            self._real_folders[folder] = os.path.realpath(folder)
-        real = os.path.join(self._real_folders[folder], name)
-        return os.path.realpath(real) if os.path.islink(real) else real
-
-    def find(self, cell: str, column: str, where: str) -> Path:
-        """The file that a media cell names.
-
-        Raises:
-            InputError: no such file, not a file, or one outside the folders (``..``, an absolute path, a link).
-        """
-        told = f"{where}: {column} {cell!r}"
-        if "://" in cell:
-            raise InputError(f"{told} is a URL; only files can be read: download it and give its path")
-        if "\0" in cell:
-            raise InputError(f"{told} contains a NUL character; give the path of a file")
-        # Lexically first, so that a path outside is never even looked at.
-        tries = (
-            [os.path.abspath(cell)]
-            if os.path.isabs(cell)
-            else [os.path.normpath(os.path.join(lexical, cell)) for lexical, _ in self._inside]
-        )
-        # A root may itself be reached through a link (as /tmp is on a Mac), so both of its names count.
-        inside = [path for path in tries if any(_within(path, root) for names in self._inside for root in names)]
-        found = next((path for path in inside if os.path.exists(path)), None)
-        folders = ", ".join(str(root) for root in self.roots)
-        if not inside or (found and not any(_within(self._real(found), real) for _, real in self._inside)):
-            link = " (through a symbolic link)" if found else ""
-            raise InputError(
-                f"{told} lies outside the data folder and media roots{link} ({folders}); move the file there, or name "
-                "its folder with --media-root"
-            )
-        if found is None:
-            hint = "; write / between folders" if "\\" in cell else ""
-            raise InputError(f"{told}: no such file in {folders}{hint}; correct the path or add --media-root FOLDER")
-        if not os.path.isfile(found):
-            raise InputError(f"{told} is a folder; give the path of a file")
-        return Path(found)
-
-
-def _within(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 @dataclass
@@ -284,7 +221,7 @@ class RowReader:
         task = "transcript" if target == "text" and "audio_path" in media else "answer"
         return Example(tuple(turns), row.where, row_id, task=task)
 
-    def _find(self, name: str, given: dict[str, str], row: Row) -> Path:
+    def _find(self, name: str, given: dict[str, str], row: Row) -> Medium:
         return self.folders.find(given[name].strip(), self._source[name], row.where)
 
     def _default_prompt(self, target: str | None, media: list[str], given: dict[str, str], row: Row) -> str:

@@ -16,7 +16,6 @@ def test_rows_equal_the_csv_module(table):
     rows = list(CsvRows(path))
     assert [row.values for row in rows] == expected
     assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 4, 6)]
-    assert all(row.folder == path.parent for row in rows)
 
 
 @pytest.mark.parametrize("stop", range(5))

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError
 
 _FIELD_LIMIT = 1 << 24
 """Characters in one cell; Python's own limit (131,072) is shorter than a long document."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record of a table.
-
-    Attributes:
-        values: column -> cell, as written (an absent value is the empty string).
-        where: "train.csv:8", the record's first line, for messages.
-        folder: the folder that relative media paths start from.
-    """
-
-    values: dict[str, str]
-    where: str
-    folder: Path
 
 
 class CsvRows:
@@ -112,7 +97,6 @@ class CsvRows:
         self._offset, self._line, self._row = state["offset"], state["line"], state["row"]
 
     def __iter__(self) -> Iterator[Row]:
-        folder = self.path.parent
         with self._open() as file:
             file.seek(self._offset)
             for line, cells in self._records(file):
@@ -123,4 +107,4 @@ class CsvRows:
                         f"({', '.join(self.columns)}); put cells that contain {self.delimiter!r} in double quotes"
                     )
                 self._row += 1
-                yield Row(dict(zip(self.columns, cells, strict=True)), where, folder)
+                yield Row(dict(zip(self.columns, cells, strict=True)), where)
