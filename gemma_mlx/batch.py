@@ -63,3 +63,9 @@ class Batch:
     def label_count(self) -> int:
         """Positions whose next token counts in the loss."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the arrays."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return sum(value.nbytes for value in values if isinstance(value, np.ndarray))

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX, Batch
+from gemma_mlx.data.budget import Budget
 from gemma_mlx.data.features import Patches
 from gemma_mlx.data.features_gemma3n import Clip, Picture, stack_clips
 from gemma_mlx.data.order import Plan, Rows, Shuffled
 from gemma_mlx.data.packing import Packed, joined
 from gemma_mlx.data.template import AUDIO, IMAGE, TEXT, VIDEO, Sample
-from gemma_mlx.errors import InputError
+from gemma_mlx.errors import InputError, SourceError
+
+MAX_BYTES = 1 << 30
+"""Of batches made ahead."""
+MAX_BAD_ROWS = 0.05
+"""The part of the rows that may be bad where bad rows are skipped."""
+FEWEST_LOOKED_AT = 200
+"""Fewer rows than these do not say how many are bad."""
+LOOKED_AHEAD = 16
+"""Batches between the one that is made and the one whose media are fetched from far away."""
+
+Place = dict[str, int]
+"""Epoch, and position within it."""
 
 
 def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) -> Batch:
@@ -123,11 +137,24 @@ def _stack_clips(samples: Sequence[Sample], multiple: int) -> tuple[np.ndarray |
 
 
 class Samples(Protocol):
-    """What batches are made of: a `Dataset`, or a list of samples."""
+    """What batches are made of: a `Dataset`, or a list of samples. What has a method ``prefetch`` is told which samples
+    will be asked for, `LOOKED_AHEAD` batches before."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A batch as a worker hands it over: as `finish` left it, None where no row was left; the names of its rows; the
+    bad ones (sample, reason); samples looked at; bytes of its arrays."""
+
+    batch: Any
+    row_ids: tuple[str, ...]
+    bad: tuple[tuple[int, str], ...]
+    looked_at: int
+    nbytes: int
 
 
 class Batches:
@@ -136,6 +163,10 @@ class Batches:
     Worker threads make the next batches while the current one is in use; what they do can be seen only in time: batches
     come in order, and an error in one of them is raised where that batch would have come. The last batch of an epoch
     may be smaller. `state` names the batch after the last one handed out, whatever has been read ahead.
+
+    Attributes:
+        row_ids: of the batch handed out last.
+        bad: sample -> reason, of the rows that were skipped so far.
 
     Args:
         samples: the rows.
@@ -147,13 +178,18 @@ class Batches:
         pad_to_multiple: see `collate`.
         workers: threads that read ahead; 0 reads when asked.
         prefetch: batches made ahead.
+        max_bytes: of the batches made ahead; see `gemma_mlx.data.budget.Budget`.
         plan: which samples make up the batches, made with the same batch size and seed, in place of the order of
             (seed, epoch) or of the file.
         finish: called on each batch by the worker that made it; what it returns is handed out in the batch's place.
+        on_bad_row: "stop", or "skip" to leave bad rows out of their batches; the others stay where they are.
+        max_bad_rows: the part of the rows that may be skipped; more of them stop the iterator.
+        share: (k, n): of the rows of every batch only each n-th from the k-th on, for the k-th of n processes. All have
+            the same `state`; a process without a row in a batch gets None in its place.
         state: where to go on, as `state` gave it.
 
     Raises:
-        InputError: no rows, a batch size below 1, or a state of other data.
+        InputError: no rows, a batch size below 1, or a state of other data; while iterating, a bad row or too many.
     """
 
     def __init__(
@@ -168,22 +204,35 @@ class Batches:
         pad_to_multiple: int = 1,
         workers: int = 2,
         prefetch: int = 4,
+        max_bytes: int = MAX_BYTES,
         plan: Plan | None = None,
         finish: Callable[[Batch], Any] | None = None,
+        on_bad_row: str = "stop",
+        max_bad_rows: float = MAX_BAD_ROWS,
+        share: tuple[int, int] = (0, 1),
         state: dict[str, int] | None = None,
     ):
-        if not len(samples):
-            raise InputError("the data has no rows; expected at least one")
         if batch_size < 1 or pad_to_multiple < 1:
             raise InputError(f"batch_size {batch_size}, pad_to_multiple {pad_to_multiple}: expected at least 1")
         self.samples, self.batch_size, self.pad_id = samples, batch_size, pad_id
         self.seed, self.epochs, self.finish = seed, epochs, finish
         self.plan = plan or Shuffled(len(samples), batch_size, seed, shuffle)
-        self.pad_to_multiple, self.workers, self.prefetch = pad_to_multiple, workers, max(1, prefetch)
-        self._epoch = self._position = 0
+        if self.plan.walk.n == 0:
+            raise InputError("the data has no rows; expected at least one")
+        self.pad_to_multiple, self.workers, self.prefetch, self.max_bytes = (
+            pad_to_multiple,
+            workers,
+            prefetch,
+            max_bytes,
+        )
+        self.on_bad_row, self.max_bad_rows, self.share = on_bad_row, max_bad_rows, share
+        self.row_ids: tuple[str, ...] = ()
+        self.bad: dict[int, str] = {}
+        self._place = {"epoch": 0, "position": 0}
+        self._looked_at = self._skipped = 0
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[tuple[Rows, Future[Any]]] = deque()
-        self._planned: Iterator[Rows] | None = None
+        self._ahead: deque[tuple[Place, Future[Made]]] = deque()
+        self._planned: Planned | None = None
         if state is not None:
             self.seek(state)
 
@@ -193,10 +242,12 @@ class Batches:
 
     def state(self) -> dict[str, int]:
         """Where the next batch starts (samples of the epoch before it), and what it depends on: a few integers."""
-        return {"epoch": self._epoch, "position": self._position, **self._data()}
+        skipping = {"looked_at": self._looked_at, "bad": self._skipped} if self.on_bad_row == "skip" else {}
+        return {**self._place, **skipping, **self._data()}
 
     def _data(self) -> dict[str, int]:
-        return {"rows": len(self.samples), "seed": self.seed, **self.plan.state()}
+        rows = {} if self.plan.walk.n is None else {"rows": self.plan.walk.n}
+        return {**rows, "seed": self.seed, **self.plan.state()}
 
     def seek(self, state: dict[str, int]) -> None:
         """Go on from a `state` of the same rows and seed.
@@ -210,59 +261,100 @@ class Batches:
                     f"cannot resume: the saved run had {name} {state[name]}, this one has {own}; use the same"
                 )
         self.close()
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._place = {"epoch": int(state["epoch"]), "position": int(state["position"])}
+        self._looked_at, self._skipped = int(state.get("looked_at", 0)), int(state.get("bad", 0))
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Any:
-        self.start()
-        try:
-            rows, batch = self._next_ahead() if self.workers else self._next_now()
-        except BaseException:
-            self.close()
-            raise
-        self._position += sum(map(len, rows))
-        if self._position >= len(self.samples):
-            self._epoch, self._position = self._epoch + 1, 0
-        return batch
+        while True:
+            self.start()
+            try:
+                place, made = self._next_ahead() if self.workers else self._next_now()
+                self._count(made)
+            except BaseException:
+                self.close()
+                raise
+            self._place, self.row_ids = place, made.row_ids
+            if made.batch is not None or self.share[1] > 1:
+                return made.batch
+
+    def _count(self, made: Made) -> None:
+        """Keeps account of bad rows, and stops where they are too many."""
+        looked_at, skipped = self._looked_at + made.looked_at, self._skipped + len(made.bad)
+        if skipped > self.max_bad_rows * max(looked_at, FEWEST_LOOKED_AT):
+            raise InputError(
+                f"{skipped} of the first {looked_at} rows are bad, more than {self.max_bad_rows:.0%} "
+                f"(--max-bad-rows); the last one: {made.bad[-1][1]}"
+            )
+        self._looked_at, self._skipped = looked_at, skipped
+        self.bad.update(made.bad)
 
     def start(self) -> None:
         """Begins to read ahead, before the first batch is asked for."""
         if self._planned is None:
-            self._planned = self._plan(self._epoch, self._position)
+            self._planned = Planned(self.plan, self._place, self.epochs, getattr(self.samples, "prefetch", None))
         if self.workers:
             self._read_ahead()
 
-    def _plan(self, epoch: int, position: int) -> Iterator[Rows]:
-        """Rows of each batch from there on."""
-        while self.epochs is None or epoch < self.epochs:
-            yield from self.plan.batches(epoch, position)
-            epoch, position = epoch + 1, 0
+    def _make(self, rows: Rows) -> Made:
+        found: list[list[Sample]] = []
+        bad: list[tuple[int, str]] = []
+        rows = rows[self.share[0] :: self.share[1]]
+        for row in rows:
+            good = [sample for i in row if (sample := self._sample(i, bad)) is not None]
+            if good:
+                found.append(good)
+        looked_at = sum(map(len, rows))
+        if not found:
+            return Made(None, (), tuple(bad), looked_at, 0)
+        packed = isinstance(self.plan, Packed)
+        batch = collate([joined(row) if packed else row[0] for row in found], self.pad_id, self.pad_to_multiple)
+        finished = batch if self.finish is None else self.finish(batch)
+        return Made(finished, batch.row_ids, tuple(bad), looked_at, batch.nbytes)
 
-    def _make(self, rows: Rows) -> Any:
-        if isinstance(self.plan, Packed):
-            samples = [joined([self.samples[i] for i in row]) for row in rows]
-        else:
-            samples = [self.samples[i] for (i,) in rows]
-        batch = collate(samples, self.pad_id, self.pad_to_multiple)
-        return batch if self.finish is None else self.finish(batch)
+    def _sample(self, index: int, bad: list[tuple[int, str]]) -> Sample | None:
+        try:
+            return self.samples[index]
+        except SourceError:
+            raise
+        except InputError as error:
+            if self.on_bad_row != "skip":
+                raise
+            bad.append((index, str(error)))
+            return None
 
-    def _next_now(self) -> tuple[Rows, Any]:
-        rows = next(self._planned)
-        return rows, self._make(rows)
+    def _next_now(self) -> tuple[Place, Made]:
+        rows, place = next(self._planned)
+        return place, self._make(rows)
 
     def _read_ahead(self) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
-        while len(self._ahead) <= self.prefetch and (rows := next(self._planned, None)) is not None:
-            self._ahead.append((rows, self._pool.submit(self._make, rows)))
+            self._budget, self._number = Budget(self.max_bytes), 0
+        while len(self._ahead) <= self.prefetch and (planned := next(self._planned, None)) is not None:
+            rows, place = planned
+            self._ahead.append((place, self._pool.submit(self._make_within, self._budget, self._number, rows)))
+            self._number += 1
 
-    def _next_ahead(self) -> tuple[Rows, Any]:
+    def _make_within(self, budget: Budget, number: int, rows: Rows) -> Made:
+        """As `_make`, when there is room."""
+        budget.begin(number)
+        made = None
+        try:
+            made = self._make(rows)
+        finally:
+            budget.end(made.nbytes if made else 0)
+        return made
+
+    def _next_ahead(self) -> tuple[Place, Made]:
         if not self._ahead:
             raise StopIteration
-        rows, batch = self._ahead.popleft()
-        return rows, batch.result()
+        place, batch = self._ahead.popleft()
+        made = batch.result()
+        self._budget.take(made.nbytes)
+        return place, made
 
     def close(self) -> None:
         """Stops the workers and forgets what was read ahead; the next batch starts them again from `state`."""
@@ -271,6 +363,7 @@ class Batches:
         self._ahead.clear()
         self._planned = None
         if self._pool is not None:
+            self._budget.close()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
@@ -279,3 +372,48 @@ class Batches:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Planned:
+    """The batches of a plan from a place on, each with the place after it.
+
+    Args:
+        plan: gives the batches of each epoch.
+        place: where to begin.
+        epochs: passes over the rows; None for no end.
+        prefetch: told of each sample when its batch is looked at, `LOOKED_AHEAD` batches before it comes.
+    """
+
+    def __init__(self, plan: Plan, place: Place, epochs: int | None, prefetch: Callable[[int], None] | None):
+        self._batches, self._prefetch = self._from(plan, place["epoch"], place["position"], epochs), prefetch
+        self._seen: deque[tuple[Rows, Place]] = deque()
+
+    def __iter__(self) -> Planned:
+        return self
+
+    def __next__(self) -> tuple[Rows, Place]:
+        if self._prefetch is None:
+            return next(self._batches)
+        while len(self._seen) <= LOOKED_AHEAD and (found := next(self._batches, None)) is not None:
+            self._seen.append(found)
+            for row in found[0]:
+                for sample in row:
+                    self._prefetch(sample)
+        if not self._seen:
+            raise StopIteration
+        return self._seen.popleft()
+
+    @staticmethod
+    def _from(plan: Plan, epoch: int, position: int, epochs: int | None) -> Iterator[tuple[Rows, Place]]:
+        while epochs is None or epoch < epochs:
+            batches = plan.batches(epoch, position)
+            batch = next(batches, None)
+            if batch is None and not position:
+                raise InputError("the data has no rows; expected at least one")
+            while batch is not None:
+                after = next(batches, None)
+                position += sum(map(len, batch))
+                last = after is None
+                yield batch, {"epoch": epoch + last, "position": 0 if last else position}
+                batch = after
+            epoch, position = epoch + 1, 0

@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
-from gemma_mlx.data.order import Order, Rows, after, checksum, in_turn
+from gemma_mlx.data.order import Rows, after, checksum, in_turn
 from gemma_mlx.data.template import Sample
+from gemma_mlx.data.walks import Shuffle, Walk
 
 
 class Packed:
@@ -25,9 +26,11 @@ class Packed:
         batch_size: rows a batch; the last of an epoch may have fewer.
         budget: most tokens in a row of several samples; a longer sample has a row to itself.
         seed: orders samples and rows.
+        walk: the order before packing; by default `Shuffle`.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, budget: int, seed: int = 0):
+    def __init__(self, lengths: Sequence[int], batch_size: int, budget: int, seed: int = 0, walk: Walk | None = None):
+        self.walk = walk or Shuffle(len(lengths), seed)
         self.lengths, self.batch_size, self.budget, self.seed = lengths, batch_size, budget, seed
 
     def state(self) -> dict[str, int]:
@@ -36,8 +39,7 @@ class Packed:
 
     def rows(self, epoch: int) -> Rows:
         """The rows of an epoch, in order."""
-        order = Order(len(self.lengths), self.seed, epoch)
-        return in_turn(best_fit(order, self.lengths, self.budget), self.seed, epoch)
+        return in_turn(best_fit(self.walk.walk(epoch), self.lengths, self.budget), self.seed, epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Rows]:
         rows = self.rows(epoch)

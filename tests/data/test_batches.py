@@ -12,7 +12,7 @@ from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.batches import Batches, collate
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.media import load_audio
-from gemma_mlx.data.order import Order
+from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.template import Sample
 from gemma_mlx.errors import InputError
 

@@ -8,8 +8,9 @@ import pytest
 from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.batches import Batches, collate
 from gemma_mlx.data.dataset import Dataset
-from gemma_mlx.data.order import Grouped, Order, Shuffled, padding
+from gemma_mlx.data.order import Grouped, Shuffled, padding
 from gemma_mlx.data.packing import Packed, best_fit, joined
+from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.template import Sample
 from gemma_mlx.errors import InputError
 
