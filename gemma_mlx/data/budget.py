@@ -18,7 +18,7 @@ class Budget:
 
     def __init__(self, limit: int):
         self.limit, self.peak = limit, 0
-        self._held = self._running = self._largest = self._taken = 0
+        self._held = self._running = self._largest = self._begun = 0
         self._closed, self._changed = False, threading.Condition()
 
     def begin(self, number: int) -> None:
@@ -31,10 +31,13 @@ class Budget:
             self._changed.wait_for(lambda: self._closed or self._may(number))
             if self._closed:
                 raise RuntimeError("closed")
-            self._running += 1
+            self._running, self._begun = self._running + 1, self._begun + 1
+            self._changed.notify_all()
 
     def _may(self, number: int) -> bool:
-        if number == self._taken or not (self._running or self._held):
+        if number != self._begun:  # in their order, so that what is held never waits for what is not
+            return False
+        if not (self._running or self._held):
             return True
         return bool(self._largest) and self._held + (self._running + 1) * self._largest <= self.limit
 
@@ -49,7 +52,7 @@ class Budget:
     def take(self, nbytes: int) -> None:
         """The next thing, of so many bytes, was taken."""
         with self._changed:
-            self._held, self._taken = self._held - nbytes, self._taken + 1
+            self._held -= nbytes
             self._changed.notify_all()
 
     def close(self) -> None:
