@@ -1,79 +1,95 @@
-"""Files -> arrays: clips as 16 kHz mono float32, pictures as RGB uint8.
+"""Files and blobs -> arrays: clips as 16 kHz mono float32, pictures as RGB uint8.
 
 libsndfile reads wav, flac, ogg/opus and mp3; PyAV (the extra ``media``) reads m4a, mp4, aac and the rest. Pillow reads
-pictures, with pillow-heif (the extra ``media``) for HEIC. Every failure is an `InputError` that starts with `where`.
+pictures, with pillow-heif (the extra ``media``) for HEIC. What a file is, its content decides, whatever its name says.
+Every failure is an `InputError` that starts with `where`, but a source's own (`SourceError`).
+
+No file takes more memory or time than its limits allow: clips are refused, or cut, by what the header says and again
+by what is decoded, and channels are averaged block by block; pictures are refused by the size in their header.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import struct
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemma_mlx.data.blob import Medium
+from gemma_mlx.data.containers import MAX_PIXELS, container
+from gemma_mlx.data.headers import counts_its_frames, missing_end, wants_av
+from gemma_mlx.data.opening import Watched, as_medium, descriptor, length, opened, told
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES, SAMPLE_RATE, audio_frames
 
 LONG_AUDIO = ("error", "truncate")
 """What may happen to clips over the limit (30 s): refuse them, or use their beginning as the reference does."""
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit against decompression bombs (a quarter of a gigabyte of RGB)."""
+MOST_SECONDS = 3600
+"""Of a clip where the model sets no limit: an hour is 230 MB of samples."""
+SAMPLE_RATES = (1_000, 768_000)
+"""Hz that sound is recorded at."""
+MAX_PICTURE_BYTES = 1 << 30
+"""Of a picture's file."""
 
 _UNKNOWN = 1 << 40
 """Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
+_BLOCK = 1 << 22
+"""Values (samples × channels) decoded at a time: 16 MB, and all of most clips."""
 _NEEDS_AV = {".m4a", ".mp4", ".aac", ".m4b", ".mov", ".mkv", ".webm", ".3gp", ".wma", ".amr"}
+_TRUE_HEADERS = {"WAV", "WAVEX", "FLAC"}
 _HEIF = {".heic", ".heif", ".avif"}
+# Not every format that Pillow has: EPS runs another program, and some are read by nobody's models.
+_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "TGA", "ICO", "DIB")
 
 
 def load_audio(
-    path: str | Path, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
+    medium: str | Medium, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
 ) -> np.ndarray:
     """A clip as mono float32 [samples] at 16 kHz, nominally in [−1, 1]: channels averaged, resampled by soxr.
 
     Args:
-        path: the file.
+        medium: the file or blob.
         where: "train.csv:8", put before messages.
         long_audio: "error" refuses clips longer than the limit, "truncate" keeps their beginning.
-        max_samples: the limit, in samples at 16 kHz; None for none.
+        max_samples: the limit, in samples at 16 kHz; None for `MOST_SECONDS`.
 
     Raises:
-        InputError: missing, unreadable, empty (10 ms or less) or over-long audio, or samples that are not finite.
+        InputError: missing, unreadable, truncated, empty (10 ms or less) or over-long audio, a sample rate outside
+            `SAMPLE_RATES`, or samples that are not finite.
+        SourceError: the blob's source failed.
     """
-    path = Path(path)
-    told = f"{where}: {path}" if where else str(path)
     if long_audio not in LONG_AUDIO:
         raise InputError(f"long_audio is {long_audio!r}; expected one of {', '.join(LONG_AUDIO)}")
-    limit_s = None if max_samples is None else max_samples // SAMPLE_RATE
-    wave, rate = _decode(path, told, long_audio, limit_s)
-    if not np.isfinite(wave).all():
-        raise InputError(f"{told}: the audio has samples that are not finite numbers; export the clip again")
-    mono = wave.mean(axis=1, dtype=np.float32) if wave.shape[1] != 1 else wave[:, 0]
+    name = told(medium, where)
+    limit_s = MOST_SECONDS if max_samples is None else max_samples // SAMPLE_RATE
+    with opened(medium, where, "empty audio") as file:
+        clip = _Clip(file, as_medium(medium), name, long_audio, limit_s)
+        mono, rate = clip.decode_av() if wants_av(file) else clip.decode()
+    if not np.isfinite(mono).all():
+        raise InputError(f"{name}: the audio has samples that are not finite numbers; export the clip again")
     samples = _resample(mono, rate)[:max_samples]
     if not audio_frames(len(samples)):
         raise InputError(
-            f"{told}: empty audio: {len(samples)} samples at 16 kHz, at least 161 are needed; remove the row"
+            f"{name}: empty audio: {len(samples)} samples at 16 kHz, at least 161 are needed; remove the row"
         )
     return np.ascontiguousarray(samples)
 
 
 def audio_samples(
-    path: str | Path, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
+    medium: str | Medium, where: str = "", long_audio: str = "error", max_samples: int | None = MAX_AUDIO_SAMPLES
 ) -> int:
     """How many samples `load_audio` gives, read from the header where the header can be trusted."""
-    path = Path(path)
-    if path.suffix.lower() in (".wav", ".flac"):
-        import soundfile
-
-        try:
-            info = soundfile.info(str(path))
-        except (soundfile.LibsndfileError, OSError):
-            return len(load_audio(path, where, long_audio, max_samples))  # says what is wrong
-        short = max_samples is None or info.frames / info.samplerate <= max_samples // SAMPLE_RATE
-        if 0 < info.frames < _UNKNOWN and short:
-            return resampled_length(info.frames, info.samplerate)
-    return len(load_audio(path, where, long_audio, max_samples))
+    limit_s = MOST_SECONDS if max_samples is None else max_samples // SAMPLE_RATE
+    with opened(medium, where, "empty audio") as file:
+        clip = _Clip(file, as_medium(medium), told(medium, where), long_audio, limit_s)
+        frames, rate = (0, 0) if wants_av(file) else clip.header()
+    if 0 < frames <= limit_s * rate:
+        return resampled_length(frames, rate)
+    return len(load_audio(medium, where, long_audio, max_samples))  # or says what is wrong
 
 
 def resampled_length(samples: int, rate: int) -> int:
@@ -81,75 +97,171 @@ def resampled_length(samples: int, rate: int) -> int:
     return (2 * samples * SAMPLE_RATE + rate) // (2 * rate)
 
 
-def _check_length(seconds: float, told: str, long_audio: str, limit_s: int | None) -> None:
-    if limit_s is not None and seconds > limit_s and long_audio == "error":
+class _Unread(Exception):
+    """libsndfile does not know the format, or how long the clip is."""
+
+
+class _Clip:
+    """An audio file while it is decoded, no more than about `limit_s` seconds of it."""
+
+    def __init__(self, file: BinaryIO, medium: Medium, told: str, long_audio: str, limit_s: int):
+        self.file, self.medium, self.told, self.long_audio, self.limit_s = file, medium, told, long_audio, limit_s
+
+    @contextmanager
+    def _sound(self) -> Iterator[Any]:
+        """The file as libsndfile opens it; `_Unread` where it does not."""
+        import soundfile
+
+        self.file.seek(0)
+        handle = descriptor(self.file)
+        watched = None if handle is not None else Watched(self.file)
+        try:
+            try:
+                sound = soundfile.SoundFile(watched if handle is None else handle, closefd=False)
+            except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError) as e:
+                raise _Unread(_reason(e)) from None
+            with sound:
+                yield sound
+        except (_Unread, InputError):
+            if watched is not None and watched.error is not None:
+                raise watched.error from None
+            raise
+        except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+            raise InputError(f"{self.told}: unreadable audio ({_reason(e)}); download or export it again") from None
+        if watched is not None and watched.error is not None:
+            raise watched.error
+
+    def header(self) -> tuple[int, int]:
+        """(samples of a channel, rate) where the header can be trusted, else zeros."""
+        missing = missing_end(self.file)
+        try:
+            with self._sound() as sound:
+                if sound.format in _TRUE_HEADERS and sound.frames < _UNKNOWN and not missing:
+                    return sound.frames, sound.samplerate
+        except _Unread:
+            pass
+        return 0, 0
+
+    def decode(self) -> tuple[np.ndarray, int]:
+        """(mono float32 [samples], rate)."""
+        missing = missing_end(self.file)  # now: a decoder may share the file's position
+        try:
+            with self._sound() as sound:
+                rate, frames, form = sound.samplerate, sound.frames, sound.format
+                if frames >= _UNKNOWN:
+                    raise _Unread("its header gives no length")
+                self._check_rate(rate)
+                self._check_length(frames / rate)
+                if missing:
+                    raise InputError(f"{self.told}: truncated audio: {missing}; download or export it again")
+                count = min(frames, self.limit_s * rate)
+                mono = _read_mono(sound, count)
+        except _Unread as e:
+            # PyAV also reads streams without a length and more formats; for the rest it says what is wrong.
+            if importlib.util.find_spec("av") or self.medium_suffix in _NEEDS_AV:
+                return self.decode_av()
+            raise InputError(
+                f"{self.told}: unreadable audio ({e}); expected a whole wav, flac, ogg or mp3 file "
+                "(pip install 'gemma-mlx[media]' for more formats)"
+            ) from None
+        if len(mono) < count and form != "MP3":
+            self._short(count, len(mono), rate)
+        if len(mono) < 0.99 * count - 0.1 * rate and counts_its_frames(self.file):
+            self._short(count, len(mono), rate)
+        return mono, rate
+
+    @property
+    def medium_suffix(self) -> str:
+        return self.medium.suffix.lower()
+
+    def decode_av(self) -> tuple[np.ndarray, int]:
+        """As `decode`, by PyAV."""
+        try:
+            import av
+        except ImportError:
+            kind = f"{self.medium_suffix or 'such'} files"
+            raise InputError(
+                f"{self.told}: {kind} need PyAV: pip install 'gemma-mlx[media]', or convert the file to wav or flac"
+            ) from None
+        blocks: list[np.ndarray] = []
+        rate = count = 0
+        with container(self.file, self.medium, self.told, "audio") as opened_file:
+            if not opened_file.streams.audio:
+                raise InputError(f"{self.told}: the file has no audio track; give one that has")
+            claimed = _claimed_seconds(opened_file)
+            self._check_length(claimed)
+            to_float = av.AudioResampler(format="fltp")
+            for frame in (f for decoded in opened_file.decode(audio=0) for f in to_float.resample(decoded)):
+                rate = frame.sample_rate
+                self._check_rate(rate)
+                blocks.append(_averaged(frame.to_ndarray().T))
+                count += len(blocks[-1])
+                if count > self.limit_s * rate:  # one frame beyond the limit is enough to know
+                    self._check_length(count / rate)
+                    break
+        if not blocks:
+            raise InputError(f"{self.told}: empty audio: no sample could be decoded; remove the row")
+        if min(claimed, self.limit_s) - count / rate > max(0.5, 0.02 * claimed):  # codecs' delays aside
+            self._short(int(min(claimed, self.limit_s) * rate), count, rate)
+        return np.concatenate(blocks)[: self.limit_s * rate], rate
+
+    def _short(self, wanted: int, there: int, rate: int) -> None:
         raise InputError(
-            f"{told}: over-long audio: {seconds:.1f} s, the limit is {limit_s} s; cut the clip, or use its first "
-            f"{limit_s} s with --long-audio truncate"
+            f"{self.told}: truncated audio: its header promises {wanted / rate:.1f} s, {there / rate:.1f} s can be "
+            "decoded; download or export it again"
         )
 
+    def _check_rate(self, rate: int) -> None:
+        low, high = SAMPLE_RATES
+        if not low <= rate <= high:
+            raise InputError(
+                f"{self.told}: its sample rate is {rate:,} Hz; expected {low:,} to {high:,} Hz: export it at 16,000 Hz"
+            )
 
-def _decode(path: Path, told: str, long_audio: str, limit_s: int | None) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], rate), no more than about `limit_s` seconds of it."""
-    if not path.is_file():
-        raise InputError(f"{told}: no such file; correct the path")
-    if path.stat().st_size == 0:
-        raise InputError(f"{told}: empty audio: the file has 0 bytes; record or download it again")
-    if path.suffix.lower() in _NEEDS_AV:
-        return _decode_av(path, told, long_audio, limit_s)
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            rate = file.samplerate
-            if file.frames >= _UNKNOWN:
-                raise RuntimeError("its header gives no length")
-            _check_length(file.frames / rate, told, long_audio, limit_s)
-            count = file.frames if limit_s is None else min(file.frames, limit_s * rate)
-            wave = file.read(count, dtype="float32", always_2d=True)
-    except InputError:
-        raise
-    except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
-        # PyAV also reads streams without a length and formats by another name; for the rest it says what is wrong.
-        if importlib.util.find_spec("av"):
-            return _decode_av(path, told, long_audio, limit_s)
-        raise InputError(
-            f"{told}: unreadable audio ({str(e).splitlines()[0]}); expected a whole wav, flac, ogg or mp3 file "
-            "(pip install 'gemma-mlx[media]' for more formats)"
-        ) from None
-    return wave, rate
+    def _check_length(self, seconds: float) -> None:
+        if seconds > self.limit_s and self.long_audio == "error":
+            raise InputError(
+                f"{self.told}: over-long audio: {seconds:.1f} s, the limit is {self.limit_s} s; cut the clip, or use "
+                f"its first {self.limit_s} s with --long-audio truncate"
+            )
 
 
-def _decode_av(path: Path, told: str, long_audio: str, limit_s: int | None) -> tuple[np.ndarray, int]:
-    try:
-        import av
-    except ImportError:
-        raise InputError(
-            f"{told}: {path.suffix} files need PyAV: pip install 'gemma-mlx[media]', or convert the file to wav or flac"
-        ) from None
-    blocks: list[np.ndarray] = []
-    rate = count = 0
-    try:
-        with av.open(str(path)) as file:
-            if not file.streams.audio:
-                raise InputError(f"{told}: the file has no audio track; give one that has")
-            to_float = av.AudioResampler(format="fltp")
-            for decoded in file.decode(audio=0):
-                for frame in to_float.resample(decoded):
-                    rate = frame.sample_rate
-                    blocks.append(frame.to_ndarray())
-                    count += blocks[-1].shape[1]
-                # One frame beyond the limit is enough to know.
-                if limit_s is not None and rate and count > limit_s * rate and long_audio == "truncate":
-                    break
-    except InputError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as e:
-        raise InputError(f"{told}: unreadable audio ({e}); expected a whole audio file") from None
-    if not blocks:
-        raise InputError(f"{told}: empty audio: no sample could be decoded; remove the row")
-    _check_length(count / rate, told, long_audio, limit_s)
-    return np.concatenate(blocks, axis=1).T[: None if limit_s is None else limit_s * rate], rate
+def _reason(e: Exception) -> str:
+    """libsndfile's words, without the file's name."""
+    return str(getattr(e, "error_string", None) or e).splitlines()[0].rstrip(".")
+
+
+def _claimed_seconds(opened_file: Any) -> float:
+    """What the header of a PyAV container says of its sound; 0 where it says nothing."""
+    stream = opened_file.streams.audio[0]
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return 0.0
+
+
+def _read_mono(sound: Any, count: int) -> np.ndarray:
+    """Up to `count` samples, float32, channels averaged."""
+    step = max(1, _BLOCK // sound.channels)
+    blocks, left = [], count
+    while left > 0:
+        block = sound.read(min(left, step), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(_averaged(block))
+        left -= len(block)
+    if len(blocks) == 1:
+        return blocks[0]
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _averaged(block: np.ndarray) -> np.ndarray:
+    """[samples, channels] -> [samples]."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told later
+        if block.shape[1] == 1:
+            return block[:, 0]
+        if block.shape[1] == 2:  # the same as the mean, which walks along the short axis
+            return (block[:, 0] + block[:, 1]) * np.float32(0.5)
+        return block.mean(axis=1, dtype=np.float32)
 
 
 def _resample(mono: np.ndarray, rate: int) -> np.ndarray:
@@ -158,89 +270,118 @@ def _resample(mono: np.ndarray, rate: int) -> np.ndarray:
     import soxr
 
     out = soxr.resample(mono, rate, SAMPLE_RATE).astype(np.float32, copy=False)
-    length = resampled_length(len(mono), rate)
-    return np.pad(out, (0, max(0, length - len(out))))[:length]
+    samples = resampled_length(len(mono), rate)
+    return np.pad(out, (0, max(0, samples - len(out))))[:samples]
 
 
-def load_image(path: str | Path, where: str = "") -> np.ndarray:
+def load_image(medium: str | Medium, where: str = "") -> np.ndarray:
     """A picture as RGB uint8 [height, width, 3], upright (EXIF orientation applied), first frame of several.
 
     Transparency is laid on white, as transformers' ``convert_to_rgb`` does; 16-bit greys keep their upper 8 bits.
 
     Raises:
         InputError: missing, unreadable, truncated, zero-size or enormous pictures.
+        SourceError: the blob's source failed.
     """
     from PIL import ImageOps
 
-    told = f"{where}: {path}" if where else str(path)
-    with _open_image(Path(path), told) as image:
-        try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.array(_rgb(upright, told))
-        except InputError:
-            raise
-        except Exception as e:  # codecs raise anything on broken files
-            raise InputError(f"{told}: unreadable image ({e}); save or download it again") from None
+    with _open_image(medium, where) as (image, name):
+        image.load()
+        _check_pixels(image, name)  # a GIF's first frame may exceed its screen
+        upright = ImageOps.exif_transpose(image)
+        return np.array(_rgb(upright, name))
 
 
-def image_dimensions(path: str | Path, where: str = "") -> tuple[int, int]:
+def image_dimensions(medium: str | Medium, where: str = "") -> tuple[int, int]:
     """(height, width) that `load_image` gives, from the header alone."""
-    with _open_image(Path(path), f"{where}: {path}" if where else str(path)) as image:
+    with _open_image(medium, where) as (image, _):
         width, height = image.size
         sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
         return (width, height) if sideways else (height, width)
 
 
-def _open_image(path: Path, told: str) -> Any:
+@contextmanager
+def _open_image(medium: str | Medium, where: str) -> Iterator[tuple[Any, str]]:
+    """(an opened Pillow image, what messages start with); what goes wrong inside is one line."""
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise InputError(f"{told}: no such file; correct the path")
-    if path.stat().st_size == 0:
-        raise InputError(f"{told}: zero-size image: the file has 0 bytes; save or download it again")
-    if path.suffix.lower() in _HEIF:
-        _register_heif(path, told)
-    try:
-        image = Image.open(path)
-    except UnidentifiedImageError:
-        if _claims_no_pixels(path):
-            raise InputError(f"{told}: zero-size image: its header says 0 pixels; save or download it again") from None
-        raise InputError(
-            f"{told}: unreadable image: no known picture format; expected png, jpeg, webp or the like"
-        ) from None
-    except Image.DecompressionBombError as e:
-        raise InputError(f"{told}: image too large ({e}); scale it down") from None
-    except Exception as e:  # codecs raise anything on broken files
-        raise InputError(f"{told}: unreadable image ({e}); save or download it again") from None
+    name = told(medium, where)
+    with opened(medium, where, "zero-size image") as file:
+        if (size := length(file)) > MAX_PICTURE_BYTES:
+            raise InputError(f"{name}: image too large: {size:,} bytes; scale it down")
+        if as_medium(medium).suffix.lower() in _HEIF or _is_heif(file):
+            _register_heif(as_medium(medium).suffix.lower(), name)
+        try:
+            with Image.open(file, formats=_formats()) as image:
+                _check_pixels(image, name)
+                yield image, name
+        except InputError:
+            raise
+        except UnidentifiedImageError:
+            if _claims_no_pixels(file):
+                message = f"{name}: zero-size image: its header says 0 pixels; save or download it again"
+                raise InputError(message) from None
+            raise InputError(
+                f"{name}: unreadable image: no known picture format; expected png, jpeg, webp or the like"
+            ) from None
+        except Image.DecompressionBombError as e:
+            raise InputError(f"{name}: image too large ({_line(e)}); scale it down") from None
+        except Exception as e:  # codecs raise anything on broken files
+            raise InputError(f"{name}: unreadable image ({_line(e)}); save or download it again") from None
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def _check_pixels(image: Any, name: str) -> None:
     width, height = image.size
     if not width or not height:
-        image.close()
-        raise InputError(f"{told}: zero-size image: {width}x{height} pixels; remove the row")
+        raise InputError(f"{name}: zero-size image: {width}x{height} pixels; remove the row")
     if width * height > MAX_PIXELS:
-        image.close()
-        raise InputError(f"{told}: image too large: {width}x{height}, the limit is {MAX_PIXELS} pixels; scale it down")
-    return image
+        raise InputError(f"{name}: image too large: {width}x{height}, the limit is {MAX_PIXELS} pixels; scale it down")
 
 
-def _claims_no_pixels(path: Path) -> bool:
+@cache
+def _plugins() -> None:
+    from PIL import Image
+
+    Image.init()
+
+
+def _formats() -> list[str]:
+    """The formats that are read, and that this Pillow has."""
+    from PIL import Image
+
+    _plugins()
+    return [form for form in _PICTURES if form in Image.OPEN]
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    head = file.read(12)
+    file.seek(0)
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def _claims_no_pixels(file: BinaryIO) -> bool:
     """Whether a PNG, GIF or BMP header gives a side of 0, which Pillow takes for no picture at all."""
-    with path.open("rb") as file:
-        head = file.read(26)
+    file.seek(0)
+    head = file.read(26)
     for magic, form, at in ((b"\x89PNG", ">II", 16), (b"GIF8", "<HH", 6), (b"BM", "<ii", 18)):
         if head.startswith(magic) and len(head) >= at + struct.calcsize(form):
             return 0 in struct.unpack_from(form, head, at)
     return False
 
 
-def _register_heif(path: Path, told: str) -> None:
+def _register_heif(suffix: str, told: str) -> None:
     try:
         import pillow_heif
     except ImportError:
-        if path.suffix.lower() == ".avif":  # newer Pillow reads it alone
+        if suffix == ".avif":  # newer Pillow reads it alone
             return
+        kind = suffix or ".heic"
         raise InputError(
-            f"{told}: {path.suffix} files need pillow-heif: pip install 'gemma-mlx[media]', or convert the file to png"
+            f"{told}: {kind} files need pillow-heif: pip install 'gemma-mlx[media]', or convert the file to png"
         ) from None
     pillow_heif.register_heif_opener()
 

@@ -1,16 +1,18 @@
-"""Video files -> sampled frames with their times, by PyAV (the extra ``media``)."""
+"""Video files and blobs -> sampled frames with their times, by PyAV (the extra ``media``)."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_mlx.data.media import MAX_PIXELS
+from gemma_mlx.data.blob import Medium
+from gemma_mlx.data.containers import MAX_PIXELS, container
+from gemma_mlx.data.opening import as_medium, opened, told
 from gemma_mlx.errors import InputError
 
 DEFAULT_FPS = 24.0
@@ -55,59 +57,57 @@ def spell_frames(text: str, placeholder: str, films: Sequence[Sequence[str]]) ->
 
 
 @contextmanager
-def _opened(path: Path, told: str) -> Iterator[tuple[Any, Any]]:
-    """(container, its first video stream); what goes wrong inside is one line."""
-    if not path.is_file():
-        raise InputError(f"{told}: no such file; correct the path")
-    try:
-        import av
-    except ImportError:
-        raise InputError(f"{told}: videos need PyAV: pip install 'gemma-mlx[media]'") from None
-    try:
-        with av.open(str(path)) as file:
-            if not file.streams.video:
-                raise InputError(f"{told}: the file has no video track; give one that has")
-            stream = file.streams.video[0]
-            if stream.height * stream.width > MAX_PIXELS:
-                raise InputError(f"{told}: video too large: {stream.width}x{stream.height} pixels; scale it down")
-            yield file, stream
-    except InputError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as e:
-        raise InputError(f"{told}: unreadable video ({e}); expected a whole video file") from None
+def _opened(source: str | Medium, where: str) -> Iterator[tuple[Any, Any, str]]:
+    """(container, its first video stream, what messages start with); what goes wrong inside is one line."""
+    name = told(source, where)
+    with opened(source, where, "unreadable video") as file:
+        if importlib.util.find_spec("av") is None:
+            raise InputError(f"{name}: videos need PyAV: pip install 'gemma-mlx[media]'")
+        with container(file, as_medium(source), name, "video") as found:
+            if not found.streams.video:
+                raise InputError(f"{name}: the file has no video track; give one that has")
+            stream = found.streams.video[0]
+            _check_size(stream, name)
+            yield found, stream, name
 
 
-def video_info(path: str | Path, where: str = "") -> VideoInfo:
+def _check_size(picture: Any, told: str) -> None:
+    if picture.height * picture.width > MAX_PIXELS:
+        raise InputError(f"{told}: video too large: {picture.width}x{picture.height} pixels; scale it down")
+
+
+def video_info(medium: str | Medium, where: str = "") -> VideoInfo:
     """Frames, rate and size, from the header; frames are counted by decoding where it does not tell.
 
     Raises:
-        InputError: missing, unreadable or empty, or without a picture track.
+        InputError: missing, unreadable or empty, too large, or without a picture track.
+        SourceError: the blob's source failed.
     """
-    told = f"{where}: {path}" if where else str(path)
-    with _opened(Path(path), told) as (file, stream):
+    with _opened(medium, where) as (file, stream, name):
         frames = stream.frames or sum(1 for _ in file.decode(video=0))
         if not frames or not stream.height or not stream.width:
-            raise InputError(f"{told}: empty video: no frame could be decoded; remove the row")
+            raise InputError(f"{name}: empty video: no frame could be decoded; remove the row")
         rate = float(stream.average_rate) if stream.average_rate else DEFAULT_FPS
         return VideoInfo(frames, rate, (stream.height, stream.width))
 
 
-def load_frames(path: str | Path, where: str = "", count: int = 32) -> list[np.ndarray]:
+def load_frames(medium: str | Medium, where: str = "", count: int = 32) -> list[np.ndarray]:
     """The sampled frames as RGB uint8 [height, width, 3], those of `sampled` for the file's `video_info`.
 
     Raises:
         InputError: as `video_info`, or fewer frames than the header promises.
+        SourceError: the blob's source failed.
     """
-    told = f"{where}: {path}" if where else str(path)
-    wanted = sampled(video_info(path, where).frames, count)
+    wanted = sampled(video_info(medium, where).frames, count)
     chosen, found = set(wanted), []
-    with _opened(Path(path), told) as (file, _):
+    with _opened(medium, where) as (file, _, name):
         for i, frame in enumerate(file.decode(video=0)):
             if i in chosen:
+                _check_size(frame, name)
                 found.append(frame.to_ndarray(format="rgb24"))
             if i >= wanted[-1]:
                 break
     if len(found) != len(wanted):
         missing = wanted[len(found)]
-        raise InputError(f"{told}: unreadable video: frame {missing} is missing; download or export it again")
+        raise InputError(f"{name}: unreadable video: frame {missing} is missing; download or export it again")
     return found
