@@ -1,11 +1,20 @@
-"""CSV rows: what is read, where it was, going on from there, and what is refused."""
+"""Rows of CSV and JSONL files: what is read, where it was, and what is refused."""
 
 import csv
+import json
+import random
+import threading
 
 import pytest
 
-from gemma_mlx.data.sources.local import CsvRows
+from gemma_mlx.data.sources import lines
+from gemma_mlx.data.sources.jsonl import JsonlTable
+from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.errors import InputError
+
+
+def rows_of(table):
+    return [table[i] for i in range(len(table))]
 
 
 def test_rows_equal_the_csv_module(table):
@@ -13,25 +22,59 @@ def test_rows_equal_the_csv_module(table):
     path = table(content)
     with path.open(encoding="utf-8-sig", newline="") as file:
         expected = list(csv.DictReader(file))
-    rows = list(CsvRows(path))
+    rows = rows_of(CsvTable(path))
     assert [row.values for row in rows] == expected
     assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("stop", range(5))
-def test_goes_on_from_its_state(table, stop):
-    path = table('id,text\n1,"one\n1"\n2,zwei ü\n3,"three, 3"\n\n4,four\n')
-    whole = list(CsvRows(path))
-    first = CsvRows(path)
-    for _, _ in zip(range(stop), first, strict=False):
-        pass
-    assert first.state()["row"] == stop
-    assert list(CsvRows(path, first.state())) == whole[stop:]
+@pytest.mark.parametrize("quotes", [0.02, 0.5])
+def test_records_are_those_of_the_csv_module(tmp_path, monkeypatch, quotes):
+    """Random texts, cut into pieces of any size, tidy and untidy: the same cells at the same lines, or both refuse."""
+    path, read = tmp_path / "fuzz.csv", 0
+    for seed in range(1500):
+        rng = random.Random(seed)
+        monkeypatch.setattr(lines, "CHUNK", rng.choice([1, 2, 3, 7, 20, 1000]))
+        cells = [
+            rng.choice(
+                ["", "a", "é b", "1,5", 'say ""so""', "two\nlines", "\r\n", '"', 'a"'][
+                    : 7 + 2 * (rng.random() < quotes)
+                ]
+            )
+            for _ in range(rng.randrange(40))
+        ]
+        cells = [f'"{cell}"' if rng.random() < quotes or set(cell) & set(",\n\r") else cell for cell in cells]
+        ends = [rng.choice([",", "\n", "\r\n", "\n\n"]) for _ in cells]
+        body = "head,er\n" + "".join(cell + end for cell, end in zip(cells, ends, strict=True))
+        path.write_bytes(body.encode())
+        told = [line + "\n" for line in body.split("\n")]
+        reader, wanted = csv.reader(told, strict=True), []
+        try:
+            while True:
+                begun = reader.line_num + 1
+                row = next(reader)
+                wanted += [(f"{path}:{begun}", row)] if row else []
+        except StopIteration:
+            pass
+        except csv.Error:
+            wanted = None
+        try:
+            table = CsvTable(path)
+            found = [(f"{path}:{line}", table._cells(a, b, line)) for a, b, line in spans(table)]
+        except InputError:
+            found = None
+        assert found == (wanted and wanted[1:]), body
+        read += bool(found)
+    assert read > 300
+
+
+def spans(table):
+    starts = table._starts.tolist()
+    return zip(starts, starts[1:], table._lines.tolist(), strict=False)
 
 
 def test_tabs_and_long_cells(table):
     words = "word " * 60_000
-    (row,) = CsvRows(table(f"prompt\tresponse\na,b\t{words}\n", "train.tsv"))
+    (row,) = rows_of(CsvTable(table(f"prompt\tresponse\na,b\t{words}\n", "train.tsv")))
     assert row.values == {"prompt": "a,b", "response": words}
 
 
@@ -51,13 +94,94 @@ def test_tabs_and_long_cells(table):
 def test_refuses_a_bad_table(table, content, line, says):
     path = table(content)
     with pytest.raises(InputError) as caught:
-        list(CsvRows(path))
+        rows_of(CsvTable(path))
     assert str(caught.value).startswith(f"{path}:{line}: ") and says in str(caught.value)
 
 
 def test_refuses_other_encodings_and_missing_files(table, tmp_path):
     path = table("text\nfine\ncafé\n", encoding="latin-1")
     with pytest.raises(InputError, match=r"train.csv:3: not UTF-8 \(byte 0xe9\)"):
-        list(CsvRows(path))
+        rows_of(CsvTable(path))
     with pytest.raises(InputError, match="no such file"):
-        CsvRows(tmp_path / "absent.csv")
+        CsvTable(tmp_path / "absent.csv")
+
+
+def test_a_record_has_a_limit(tmp_path, monkeypatch):
+    """Neither a cell of 100 MB nor a quote that is never closed is read into memory."""
+    path = tmp_path / "train.csv"
+    with path.open("wb") as file:
+        file.write(b"id,text\n1,fine\n2,")
+        file.write(b"x" * (100 << 20))
+        file.write(b"\n3,fine\n")
+    with pytest.raises(InputError, match=r"train.csv:3: a line of more than 64 MiB"):
+        CsvTable(path)
+    path.write_bytes(b'id,text\n1,fine\n2,"' + b"word\n" * (18 << 20 >> 2))
+    with pytest.raises(InputError, match=r"train.csv:3: broken CSV record \(field larger than field limit"):
+        CsvTable(path)
+    path.write_bytes(b"id,text\n1,fine\n2,a\0b\n")
+    with pytest.raises(InputError, match=r"train.csv:3: a NUL character"):
+        CsvTable(path)
+
+
+def test_jsonl_rows(tmp_path):
+    path = tmp_path / "train.jsonl"
+    objects = [
+        {"id": 7, "text": "é 日本", "ok": True, "rate": 0.25, "none": None},
+        {"messages": [{"role": "user", "content": "hi"}], "text": "line\u2028break"},
+        {"late": "é"},
+    ]
+    written = [json.dumps(o, ensure_ascii=i == 0) for i, o in enumerate(objects)]
+    path.write_bytes(("\ufeff" + written[0] + "\r\n\n" + written[1] + "\n  \n" + written[2]).encode())
+    table = JsonlTable(path)
+    with pytest.raises(InputError, match=r"train.jsonl:4: not JSON"):
+        table[2]
+    assert [table[i].where for i in (0, 1, 3)] == [f"{path}:{line}" for line in (1, 3, 5)]
+    assert table[0].values == {"id": "7", "text": "é 日本", "ok": "true", "rate": "0.25"}
+    assert table[1].values == objects[1] and table[3].values == objects[2]
+    assert table.columns == ("id", "text", "ok", "rate", "messages", "late")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[1, 2]", "expected a JSON object, found a list"),
+        ("3", "found a number"),
+        ('{"a": 1', "not JSON"),
+        ('{"a": 1} {"b": 2}', "not JSON"),
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON that can be read"),
+    ],
+)
+def test_refuses_other_lines(tmp_path, line, says):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=says) as caught:
+        JsonlTable(path)[1]
+    assert str(caught.value).startswith(f"{path}:2: ")
+    path.write_text("\n\n")
+    with pytest.raises(InputError, match="the file is empty"):
+        JsonlTable(path)
+
+
+@pytest.mark.parametrize("kind", [CsvTable, JsonlTable])
+def test_read_by_several_threads_and_as_opened(tmp_path, kind):
+    """Another file under the same name changes nothing of what is read."""
+    path = tmp_path / "train"
+    texts = ["text", *(f"row {i} " * (i % 50 + 1) for i in range(2000))]
+    path.write_text("".join(f"{t}\n" if kind is CsvTable else json.dumps({"text": t}) + "\n" for t in texts))
+    table, found = kind(path), {}
+    other = tmp_path / "other"
+    other.write_text("something else\n")
+    other.replace(path)
+
+    def read(first):
+        for i in range(first, len(table), 4):
+            found[i] = table[i].values["text"]
+
+    threads = [threading.Thread(target=read, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(table))] == texts[kind is CsvTable :]

@@ -1,0 +1,203 @@
+"""Where each record of a text file begins, found once by a scan that keeps no text."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from gemma_mlx.errors import InputError
+
+CHUNK = 8 << 20
+MOST_RECORD = 64 << 20
+"""Bytes of one record; a longer one is no row but a broken quote or a wrong file."""
+FIELD_LIMIT = 1 << 24
+"""Characters of one cell; Python's own limit (131,072) is shorter than a long document."""
+_NEWLINE, _RETURN, _QUOTE = b'\n\r"'
+
+
+class LineFile:
+    """A file of records, read by place from several threads. It stays the file that was opened, also when another one
+    takes its name."""
+
+    def __init__(self, path: Path, kind: str, name: str = ""):
+        self.name = name or str(path)
+        try:
+            self._file: BinaryIO = path.open("rb")
+            self.size = os.fstat(self._file.fileno()).st_size
+            self.read(0, 1)
+        except FileNotFoundError:
+            raise InputError(f"{self.name}: no such file; give the path of a {kind} file") from None
+        except OSError as e:
+            raise InputError(f"{self.name}: cannot be read ({e.strerror}); give the path of a {kind} file") from None
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes in [start, end), as far as there are any."""
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def text(self, start: int, end: int, where: str) -> str:
+        """The same as text.
+
+        Raises:
+            InputError: not UTF-8, or more than `MOST_RECORD` bytes.
+        """
+        if end - start > MOST_RECORD:
+            size = (end - start) >> 20
+            raise InputError(f"{where}: a record of {size} MiB, the limit is {MOST_RECORD >> 20}; split it")
+        raw = self.read(start, end)
+        try:
+            return raw.decode("utf-8-sig" if start == 0 else "utf-8")
+        except UnicodeDecodeError as e:
+            line = raw[: e.start].count(b"\n")
+            place = where if not line else f"{where} (line {line + 1} of the record)"
+            raise InputError(f"{place}: not UTF-8 (byte {raw[e.start]:#04x}); save the file as UTF-8") from None
+
+    def piece(self, start: int, line: int) -> bytes:
+        """The bytes from `start`, the beginning of a line after `line` lines, to the end of a line some MiB on; b"" at
+        the end of the file.
+
+        Raises:
+            InputError: a NUL character, or a line longer than `MOST_RECORD`; naming file:line.
+        """
+        piece = self.read(start, start + CHUNK)
+        while piece and b"\n" not in piece and start + len(piece) < self.size:
+            if len(piece) > MOST_RECORD:
+                raise InputError(
+                    f"{self.name}:{line + 1}: a line of more than {MOST_RECORD >> 20} MiB; expected a text file, one "
+                    "record a line"
+                )
+            piece += self.read(start + len(piece), start + len(piece) + CHUNK)
+        if start + len(piece) < self.size:
+            piece = piece[: piece.rfind(b"\n") + 1]
+        if (at := piece.find(b"\0")) >= 0:
+            line += piece[:at].count(b"\n") + 1
+            raise InputError(f"{self.name}:{line}: a NUL character; save the file as plain UTF-8 text")
+        return piece
+
+
+class Starts:
+    """Byte offset and line of each record, 12 bytes a record."""
+
+    def __init__(self) -> None:
+        self._offsets: list[np.ndarray] = []
+        self._lines: list[np.ndarray] = []
+
+    def add(self, offsets: np.ndarray, lines: np.ndarray) -> None:
+        """More records."""
+        self._offsets.append(offsets.astype(np.int64))
+        self._lines.append(lines.astype(np.uint32))
+
+    def arrays(self, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets with the file's end behind them, lines counted from 1)."""
+        none = [np.zeros(0, np.int64)]
+        lines = np.concatenate(self._lines or none).astype(np.uint32)
+        return np.concatenate([*(self._offsets or none), np.array([end], np.int64)]), lines
+
+
+def plain_starts(file: LineFile, start: int = 0, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Records of one line each; empty lines are none. See `Starts.arrays`, `LineFile.piece`."""
+    found = Starts()
+    while piece := file.piece(start, line):
+        begins, filled = _lines_of(piece)
+        found.add(start + begins[filled], line + 1 + np.flatnonzero(filled))
+        start, line = start + len(piece), line + len(begins)
+    return found.arrays(file.size)
+
+
+def csv_starts(file: LineFile, delimiter: str, start: int, line: int) -> tuple[np.ndarray, np.ndarray]:
+    """Records of a CSV file, whose quoted cells may hold line breaks. See `Starts.arrays`, `LineFile.piece`.
+
+    Lines whose quotes are all closed again on the same line are counted off many at a time; from the first other one
+    on, the rest of a piece is left to Python's csv reader, which decides what a record is.
+
+    Raises:
+        InputError: naming file:line, for a quote that is never closed.
+    """
+    found = Starts()
+    while piece := file.piece(start, line):
+        begins, filled = _lines_of(piece)
+        simple = _simple_lines(piece, begins, delimiter)
+        filled[simple:] = False
+        found.add(start + begins[filled], line + 1 + np.flatnonzero(filled))
+        end = start + len(piece)
+        if simple == len(begins):
+            start, line = end, line + len(begins)
+        else:
+            start, line = _read_records(file, found, delimiter, start + int(begins[simple]), line + simple, end)
+    return found.arrays(file.size)
+
+
+def _lines_of(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(where each line begins, whether there is something in it)."""
+    text = np.frombuffer(piece, np.uint8)
+    ends = np.flatnonzero(text == _NEWLINE)
+    if not len(ends) or ends[-1] != len(text) - 1:
+        ends = np.append(ends, len(text))
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - begins
+    return begins, (lengths > 1) | ((lengths == 1) & (text[begins] != _RETURN))
+
+
+def _simple_lines(piece: bytes, begins: np.ndarray, delimiter: str) -> int:
+    """How many lines from the first on are whole records as far as quotes go.
+
+    A line is if its quotes are even in number and each one that opens stands where a cell begins or doubles the one
+    before it; then the quotes between open and close in turn.
+    """
+    if b'"' not in piece:
+        return len(begins)
+    text = np.frombuffer(piece, np.uint8)
+    quotes = np.flatnonzero(text == _QUOTE)
+    line = np.searchsorted(begins, quotes, "right") - 1
+    first = np.searchsorted(line, line, "left")  # of the quotes on the same line
+    opens = (np.arange(len(quotes)) - first) % 2 == 0
+    before = text[quotes - 1]
+    well = (quotes == begins[line]) | (before == ord(delimiter)) | ((before == _QUOTE) & (quotes > begins[line]))
+    odd = np.flatnonzero(np.bincount(line, minlength=len(begins)) % 2)
+    return int(min([len(begins), *odd[:1], *line[opens & ~well][:1]]))
+
+
+def _read_records(file: LineFile, found: Starts, delimiter: str, start: int, line: int, end: int) -> tuple[int, int]:
+    """Records from `start` to the first that begins at or after `end`; (where that is, lines before it)."""
+    offsets, lines, at, read = [], [], start, line
+
+    def texts() -> Iterator[str]:
+        nonlocal at, read
+        while piece := file.piece(at, read):
+            for raw in _split(piece):
+                at, read = at + len(raw), read + 1
+                yield raw.decode("latin-1")  # quotes, delimiters and line breaks are the same bytes in UTF-8
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    while at < end:
+        begun, first = at, read + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as e:
+            raise broken_record(file.name, first, e) from None
+        if cells is None:
+            break
+        if cells:
+            offsets.append(begun)
+            lines.append(first)
+    found.add(np.array(offsets, np.int64), np.array(lines, np.int64))
+    return at, read
+
+
+def _split(piece: bytes) -> list[bytes]:
+    """Lines with their ends; a lone carriage return ends none."""
+    lines = [line + b"\n" for line in piece.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def broken_record(name: str, line: int, error: csv.Error) -> InputError:
+    """What is wrong with a record that the csv reader refuses."""
+    return InputError(
+        f"{name}:{line}: broken CSV record ({error}); a cell with commas, quotes or line breaks stands in double "
+        'quotes, a quote inside it is written ""'
+    )
