@@ -7,18 +7,23 @@ columns with something in them        the example
 ``image_path, caption``               user: image, caption prompt · model: caption
 ``image_path, question, answer``      user: image, question · model: answer
 ``video_path, caption``               user: video, caption prompt · model: caption; or with a question, as pictures
-``prompt, response``                  user: prompt · model: response
+``prompt, response``                  user: prompt · model: response (or ``completion``)
 ``image_path, audio_path, …``         user: image, prompt, audio · model: answer, response, caption or text
 ``audio_path, answer``                user: audio (the question is spoken) · model: answer
 ``text``                              completion: ``<bos>`` text ``<eos>``, with a loss on every token
+``messages`` or ``conversations``     the conversation, as `gemma_mlx.data.messages` reads it; with ``tools``
 ====================================  ===================================================================
 
 - An empty cell means that this row has no such thing, so one file may mix row types.
-- The answer is the first of ``answer``, ``response``, ``caption``, ``text`` that is not empty.
+- A conversation comes before everything else in its row but ``system``, ``id`` and the media.
+- The answer is the first of ``answer``, ``response``, ``completion``, ``caption``, ``text`` that is not empty.
 - The prompt is the first of ``question``, ``prompt`` that is not empty; else, where the answer comes from ``text`` or
   ``caption`` and there is a medium, a default prompt: to transcribe if there is audio, to describe if there is only an
   image or a video. ``language`` ("French") goes into the transcription prompt.
+- Prompt and answer may also be lists of messages; model turns of the prompt carry no loss.
 - Images and videos stand before the text and audio after it, as Google recommends.
+- A media cell may hold a list (in CSV its JSON text), and a `Blob` or bytes where the table has them. Such cells are
+  also read from the columns ``image``, ``images``, ``video``, ``videos``, ``audio`` and ``audios``.
 - ``system`` is a system turn; ``id`` names the row in reports (otherwise file:line does).
 - Other columns are ignored. A column mapping ``{"text": "sentence"}`` reads ``text`` from the file's column
   ``sentence``; ``{"text": ""}`` leaves a column of the file unread.
@@ -26,92 +31,35 @@ columns with something in them        the example
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma_mlx.data.blob import Medium
+from gemma_mlx.data.values import filled, media_of, objects_of, text_of
+from gemma_mlx.data.messages import MessageReader, tools_of
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.table import Row
+from gemma_mlx.data.turns import Audio, Example, Image, Part, Text, Turn, Video
 from gemma_mlx.errors import InputError
 
-ANSWERS = ("answer", "response", "caption", "text")
+__all__ = ["Audio", "Example", "Image", "Part", "Prompts", "RowReader", "Text", "Turn", "Video"]
+
+ANSWERS = ("answer", "response", "completion", "caption", "text")
 PROMPTS = ("question", "prompt")
-MEDIA = ("image_path", "video_path", "audio_path")
-STANDARD = (*MEDIA, *PROMPTS, *ANSWERS, "system", "language", "id")
+MEDIA = {kind: (f"{kind}_path", kind, f"{kind}s") for kind in ("image", "video", "audio")}
+"""Kind -> the columns that it may stand in; without a mapping, text is read from the first alone."""
+_REPLIES = ("answer", "response", "completion")
+"""Answers to something that the user said."""
+CONVERSATIONS = ("messages", "conversations")
+_MEDIA_NAMES = tuple(name for names in zip(*MEDIA.values(), strict=True) for name in names)
+STANDARD = (*_MEDIA_NAMES, *PROMPTS, *ANSWERS, *CONVERSATIONS, "tools", "system", "language", "id")
 # A medium's column under another name would otherwise be ignored, and the model trained on text alone.
 _MISNAMED = {
-    **dict.fromkeys(("audio", "audio_file", "audio_filename", "audiopath", "wav", "wav_path"), "audio_path"),
-    **dict.fromkeys(("image", "image_file", "image_filename", "imagepath", "img", "img_path"), "image_path"),
-    **dict.fromkeys(("video", "video_file", "video_filename", "videopath", "mp4", "mp4_path"), "video_path"),
+    **dict.fromkeys(("audio", "audios", "audio_file", "audio_filename", "audiopath", "wav", "wav_path"), "audio_path"),
+    **dict.fromkeys(("image", "images", "image_file", "image_filename", "imagepath", "img", "img_path"), "image_path"),
+    **dict.fromkeys(("video", "videos", "video_file", "video_filename", "videopath", "mp4", "mp4_path"), "video_path"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A piece of text in a turn."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A picture in a turn, by its file."""
-
-    path: Medium
-
-
-@dataclass(frozen=True, slots=True)
-class Video:
-    """A video in a turn, by its file; its sound is not heard."""
-
-    path: Medium
-
-
-@dataclass(frozen=True, slots=True)
-class Audio:
-    """A clip in a turn, by its file."""
-
-    path: Medium
-
-
-Part = Text | Image | Video | Audio
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one role ("system", "user" or "model") says: parts in reading order."""
-
-    role: str
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A conversation to learn from, or, where `completion` is true, one text to go on with.
-
-    Attributes:
-        turns: in order; a completion has one "model" turn with one `Text`.
-        where: "train.csv:8", for messages.
-        row_id: the row's name in reports.
-        completion: the text stands alone, outside any chat template.
-        task: "transcript" where the model is to write down what a clip says, else "answer": how it is scored.
-    """
-
-    turns: tuple[Turn, ...]
-    where: str = ""
-    row_id: str = ""
-    completion: bool = False
-    task: str = "answer"
-
-    def media(self) -> list[Image | Video | Audio]:
-        """Pictures, videos and clips in reading order."""
-        return [part for turn in self.turns for part in turn.parts if not isinstance(part, Text)]
-
-    @property
-    def reference(self) -> str:
-        """The text of the last model turn: what a prediction is compared with ("" if there is none)."""
-        turn = self.turns[-1] if self.turns and self.turns[-1].role == "model" else None
-        return "".join(part.text for part in turn.parts if isinstance(part, Text)) if turn else ""
 
 
 _ONLY = " Write only the transcription, without line breaks."
@@ -142,7 +90,7 @@ class RowReader:
     """Turns rows of one table into examples by the rules at the top of this file.
 
     Args:
-        columns: the table's columns.
+        columns: the table's columns; where rows differ, rows may have others.
         folders: where media are.
         table: the file's name, for messages.
         mapping: standard name -> column of the file.
@@ -167,19 +115,33 @@ class RowReader:
                 raise InputError(f"--columns {name}={column}: unknown name {name!r}; known: {', '.join(STANDARD)}")
             if column and column not in self.columns:
                 raise InputError(f"{self.table}:1: missing column {column!r} (mapped to {name!r}); {found}")
+        mapped = set(self.mapping.values())
+        aliases = {name for name in _MEDIA_NAMES if not name.endswith("_path")}
         self._source = {name: self.mapping.get(name, name) for name in STANDARD}
-        self._source = {name: column for name, column in self._source.items() if column in self.columns}
+        self._source = {
+            name: column
+            for name, column in self._source.items()
+            if column and not (name in aliases and name not in self.mapping and column in mapped)
+        }
         for column in self.columns:
-            name = _MISNAMED.get(column.lower(), "")
-            if name and name not in self._source and name not in self.mapping and column not in self._source.values():
-                raise InputError(
-                    f"{self.table}:1: missing column {name!r}; {found}: rename {column!r}, or map it with --columns "
-                    f"{name}={column} (--columns {name}= leaves it unread)"
-                )
-        if self.need_answer and not any(name in self._source for name in ANSWERS):
+            if column not in aliases:
+                self._check_name(column)
+        answers = [name for name in (*ANSWERS, *CONVERSATIONS) if self._source.get(name) in self.columns]
+        if self.need_answer and not answers:
             raise InputError(
-                f"{self.table}:1: missing column: none of {', '.join(ANSWERS)}; {found}. Name the column that the "
-                f"model is to learn, or map it: --columns text={self.columns[-1]}"
+                f"{self.table}:1: missing column: none of {', '.join((*ANSWERS, *CONVERSATIONS))}; {found}. Name the "
+                f"column that the model is to learn, or map it: --columns text={self.columns[-1]}"
+            )
+        self._checked = {*self.columns, *aliases}
+
+    def _check_name(self, column: str) -> None:
+        """Refuses a media column under a name that is not read, where nothing else gives such a medium."""
+        name = _MISNAMED.get(column.lower(), "")
+        read = {source for source in self._source.values() if source in self.columns} - {column}
+        if name and name not in self.mapping and self._source[name] not in read and column not in self.mapping.values():
+            raise InputError(
+                f"{self.table}:1: missing column {name!r}; found {', '.join(self.columns)}: rename {column!r}, or map "
+                f"it with --columns {name}={column} (--columns {name}= leaves it unread)"
             )
 
     def example(self, row: Row) -> Example:
@@ -188,56 +150,112 @@ class RowReader:
         Raises:
             InputError: naming file:line; no text to learn, no prompt where one is needed, or media not found.
         """
-        cell = {name: row.values[column] for name, column in self._source.items()}
-        given = {name: value for name, value in cell.items() if value.strip()}
-        row_id = given.get("id", row.where).strip()
+        for column in row.values.keys() - self._checked:
+            self._check_name(column)
+            self._checked.add(column)
+        given = {name: value for name, column in self._source.items() if filled(value := row.values.get(column))}
+        row_id = self._text("id", given, row).strip() or row.where
+        if (found := self._messages(given, row)) is not None:
+            return self._conversation(*found, given, row, row_id)
         target = next((name for name in ANSWERS if name in given), None)
         if target is None and self.need_answer:
-            names = [self._source[name] for name in ANSWERS if name in self._source]
+            columns = [self._source[name] for name in ANSWERS if self._source.get(name) in row.values]
             raise InputError(
-                f"{row.where}: empty text: nothing in {' or '.join(map(repr, names))} for the model to learn; "
+                f"{row.where}: empty text: nothing in {' or '.join(map(repr, columns))} for the model to learn; "
                 "fill the cell or remove the row"
             )
-        prompt = next((given[name] for name in PROMPTS if name in given), None)
-        media = [name for name in MEDIA if name in given]
-        if not media and prompt is None and target == "text":
-            return Example((Turn("model", (Text(given["text"]),)),), row.where, row_id, completion=True)
-        if prompt is None:
-            prompt = self._default_prompt(target, media, given, row)
-        parts: list[Part] = []
-        if "image_path" in media:
-            parts.append(Image(self._find("image_path", given, row)))
-        if "video_path" in media:
-            parts.append(Video(self._find("video_path", given, row)))
-        if prompt:
-            parts.append(Text(prompt))
-        if "audio_path" in media:
-            parts.append(Audio(self._find("audio_path", given, row)))
-        turns = [Turn("user", tuple(parts))]
-        if system := given.get("system", self.prompts.system):
-            turns.insert(0, Turn("system", (Text(system),)))
+        asked = next((name for name in PROMPTS if name in given), None)
+        media = self._media(given, row)
+        answer = self._text(target, given, row)
+        if not media and asked is None and target == "text":
+            return Example((Turn("model", (Text(answer),)),), row.where, row_id, completion=True)
+        prompt = self._text(asked, given, row) if asked else self._default_prompt(target, media, given, row)
+        parts: list[Part] = [Image(medium) for medium in media.get("image", ())]
+        parts += [Video(medium) for medium in media.get("video", ())]
+        parts += [Text(prompt)] if prompt else []
+        parts += [Audio(medium) for medium in media.get("audio", ())]
+        turns = [*self._system(given, row), Turn("user", tuple(parts))]
         if target is not None:
-            turns.append(Turn("model", (Text(given[target]),)))
-        task = "transcript" if target == "text" and "audio_path" in media else "answer"
-        return Example(tuple(turns), row.where, row_id, task=task)
+            turns.append(Turn("model", (Text(answer),)))
+        task = "transcript" if target == "text" and "audio" in media else "answer"
+        return Example(tuple(turns), row.where, row_id, task=task, tools=self._tools(given, row))
 
-    def _find(self, name: str, given: dict[str, str], row: Row) -> Medium:
-        return self.folders.find(given[name].strip(), self._source[name], row.where)
+    def _text(self, name: str | None, given: Mapping[str, Any], row: Row) -> str:
+        """A cell's text; "" where it is empty."""
+        return text_of(given[name], f"{row.where}: {self._source[name]}") if name in given else ""
 
-    def _default_prompt(self, target: str | None, media: list[str], given: dict[str, str], row: Row) -> str:
+    def _system(self, given: Mapping[str, Any], row: Row) -> list[Turn]:
+        system = self._text("system", given, row) or self.prompts.system
+        return [Turn("system", (Text(system),))] if system else []
+
+    def _tools(self, given: Mapping[str, Any], row: Row) -> tuple[dict[str, Any], ...]:
+        return tools_of(given["tools"], row.where) if "tools" in given else ()
+
+    def _messages(self, given: Mapping[str, Any], row: Row) -> tuple[list[Mapping[str, Any]], int] | None:
+        """(the row's messages, how many of them are a prompt); None where the row is no conversation."""
+        if (name := next((name for name in CONVERSATIONS if name in given), None)) is not None:
+            return objects_of(given[name], f"{row.where}: {self._source[name]}"), 0
+        asked, target = (next((n for n in names if n in given), None) for names in (PROMPTS, ANSWERS))
+        if not any(isinstance(given.get(name), (list, tuple)) for name in (asked, target)):
+            return None
+        before, after = (self._said(n, role, given, row) for n, role in ((asked, "user"), (target, "assistant")))
+        return [*before, *after], len(before)
+
+    def _said(self, name: str | None, role: str, given: Mapping[str, Any], row: Row) -> list[Mapping[str, Any]]:
+        if isinstance(given.get(name), (list, tuple)):
+            return objects_of(given[name], f"{row.where}: {self._source[name]}")
+        return [{"role": role, "content": self._text(name, given, row)}] if name else []
+
+    def _conversation(
+        self, messages: Sequence[Mapping[str, Any]], prompts: int, given: Mapping[str, Any], row: Row, row_id: str
+    ) -> Example:
+        media = self._media(given, row, in_places=True)
+        turns = MessageReader(self.folders, row.where, media).turns(messages, prompts)
+        if turns[0].role != "system":
+            turns = (*self._system(given, row), *turns)
+        elif "system" in given:
+            raise InputError(f"{row.where}: a system message and something in {self._source['system']!r}; leave one")
+        if self.need_answer and turns[-1].role != "model":
+            raise InputError(
+                f"{row.where}: message {len(messages)} ({turns[-1].role}): the conversation does not end with a model "
+                "turn; give it an answer to learn"
+            )
+        return Example(turns, row.where, row_id, tools=self._tools(given, row))
+
+    def _media(self, given: Mapping[str, Any], row: Row, in_places: bool = False) -> dict[str, list[Medium]]:
+        """Kind -> the media of the row's columns, for kinds that there are; `in_places` reads any column's text."""
+        found = {}
+        for kind, names in MEDIA.items():
+            cells = {name: given[name] for name in names if name in given}
+            # Bytes at hand need no look-up, so they come before names of files.
+            name = next((name for name in cells if not _is_path(cells[name])), next(iter(cells), None))
+            if name is None:
+                continue
+            if name != names[0] and name not in self.mapping and _is_path(cells[name]) and not in_places:
+                self._check_name(self._source[name])
+            elif media := media_of(cells[name], self.folders, self._source[name], row.where):
+                found[kind] = media
+        return found
+
+    def _default_prompt(self, target: str | None, media: Mapping[str, Any], given: Mapping[str, Any], row: Row) -> str:
         """What the user says where neither `question` nor `prompt` does; "" where the clip is the question."""
-        if "audio_path" in media and target in ("answer", "response"):
+        if "audio" in media and target in _REPLIES:
             return ""
-        if not media or target in ("answer", "response"):
+        if not media or target in _REPLIES:
             columns = " or ".join(map(repr, PROMPTS))
             what = f"{self._source[target]!r} is an answer to nothing" if target else "nothing to answer"
             raise InputError(
                 f"{row.where}: empty text: {what}; fill a column {columns}, or give a file in a media column"
             )
-        if "audio_path" not in media:
-            return self.prompts.image or (DESCRIBE if "image_path" in media else DESCRIBE_VIDEO)
-        language = given.get("language", "").strip()
+        if "audio" not in media:
+            return self.prompts.image or (DESCRIBE if "image" in media else DESCRIBE_VIDEO)
+        language = self._text("language", given, row).strip()
         prompt = self.prompts.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
         if "{language}" in prompt and not language:
             raise InputError(f"{row.where}: the audio prompt has {{language}}, but the row names none; fill 'language'")
         return prompt.replace("{language}", language)
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a media cell is the name of one file."""
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "data:"))
