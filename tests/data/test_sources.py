@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from gemma_mlx.data.sources import lines
-from gemma_mlx.data.sources.jsonl import JsonlTable
+from gemma_mlx.data.sources.jsonl import JsonlTable, JsonTable, begins_a_list
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.errors import InputError
 
@@ -34,14 +34,8 @@ def test_records_are_those_of_the_csv_module(tmp_path, monkeypatch, quotes):
     for seed in range(1500):
         rng = random.Random(seed)
         monkeypatch.setattr(lines, "CHUNK", rng.choice([1, 2, 3, 7, 20, 1000]))
-        cells = [
-            rng.choice(
-                ["", "a", "é b", "1,5", 'say ""so""', "two\nlines", "\r\n", '"', 'a"'][
-                    : 7 + 2 * (rng.random() < quotes)
-                ]
-            )
-            for _ in range(rng.randrange(40))
-        ]
+        kinds = ["", "a", "é b", "1,5", 'say ""so""', "two\nlines", "\r\n"] + ['"', 'a"'] * (rng.random() < quotes)
+        cells = [rng.choice(kinds) for _ in range(rng.randrange(40))]
         cells = [f'"{cell}"' if rng.random() < quotes or set(cell) & set(",\n\r") else cell for cell in cells]
         ends = [rng.choice([",", "\n", "\r\n", "\n\n"]) for _ in cells]
         body = "head,er\n" + "".join(cell + end for cell, end in zip(cells, ends, strict=True))
@@ -185,3 +179,17 @@ def test_read_by_several_threads_and_as_opened(tmp_path, kind):
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(len(table))] == texts[kind is CsvTable :]
+
+
+def test_a_json_list(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text('\n [{"text": "one", "n": 1},\n {"text": "two", "list": [1]}, 5]')
+    table = JsonTable(path)
+    assert begins_a_list(path) and len(table) == 3 and table.columns == ("text", "n", "list")
+    assert [table[i].values for i in (0, 1)] == [{"text": "one", "n": "1"}, {"text": "two", "list": [1]}]
+    with pytest.raises(InputError, match=r"train.json:3: expected a JSON object, found a number"):
+        table[2]
+    for text in ("[]", '{"a": 1}', "[1"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"train.json: (expected a list|not JSON)"):
+            JsonTable(path)

@@ -1,4 +1,4 @@
-"""Rows of a JSONL file: one JSON object a line."""
+"""Rows of a JSONL file, one JSON object a line, or of a JSON file with one list of objects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from gemma_mlx.errors import InputError
 
 LOOKED_AT = 1_000
 """Rows whose keys are the table's columns."""
+MOST_JSON = 256 << 20
+"""Bytes of a file that is read whole."""
 
 
 class JsonlTable:
@@ -54,10 +56,7 @@ class JsonlTable:
     def __getitem__(self, index: int) -> Row:
         where = f"{self.name}:{int(self._lines[index])}"
         text = self._file.text(int(self._starts[index]), int(self._starts[index + 1]), where)
-        found = _parsed(text, where)
-        if not isinstance(found, dict):
-            raise InputError(f"{where}: expected a JSON object, found a {_kind(found)}; write one object a line")
-        return Row({key: _cell(value) for key, value in found.items() if value is not None}, where)
+        return _row(_parsed(text, where), where)
 
     @cached_property
     def _digest(self) -> str:
@@ -66,6 +65,53 @@ class JsonlTable:
     def fingerprint(self) -> str:
         """sha256 of the file."""
         return self._digest
+
+
+class JsonTable:
+    """A JSON file that holds one list of objects, as a `gemma_mlx.data.sources.table.Table`; read whole into memory.
+
+    Raises:
+        InputError: not such a list, empty, or larger than `MOST_JSON`.
+    """
+
+    units = None
+
+    def __init__(self, path: str | Path, name: str | None = None, base: str | None = None):
+        self.path = Path(path)
+        self.name, self.base = name or str(path), base or str(self.path.parent)
+        file = LineFile(self.path, "JSON", self.name)
+        found = _parsed(file.text(0, file.size, self.name, MOST_JSON), self.name)
+        if not isinstance(found, list) or not found:
+            raise InputError(f"{self.name}: expected a list of objects; for one object a line name the file .jsonl")
+        self._rows: list[Any] = found
+        keys = (key for row in found[:LOOKED_AT] if isinstance(row, dict) for key in row)
+        self.columns = tuple(dict.fromkeys(keys))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return _row(self._rows[index], f"{self.name}:{index + 1}")
+
+    @cached_property
+    def _digest(self) -> str:
+        return file_digest(self.path)
+
+    def fingerprint(self) -> str:
+        """sha256 of the file."""
+        return self._digest
+
+
+def begins_a_list(path: Path) -> bool:
+    """Whether the first character of a file that is no white space opens a list."""
+    with path.open("rb") as file:
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _row(found: Any, where: str) -> Row:
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected a JSON object, found a {_kind(found)}; write one object a line")
+    return Row({key: _cell(value) for key, value in found.items() if value is not None}, where)
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -39,15 +39,14 @@ class LineFile:
         """The bytes in [start, end), as far as there are any."""
         return os.pread(self._file.fileno(), end - start, start)
 
-    def text(self, start: int, end: int, where: str) -> str:
+    def text(self, start: int, end: int, where: str, most: int = MOST_RECORD) -> str:
         """The same as text.
 
         Raises:
-            InputError: not UTF-8, or more than `MOST_RECORD` bytes.
+            InputError: not UTF-8, or more than `most` bytes.
         """
-        if end - start > MOST_RECORD:
-            size = (end - start) >> 20
-            raise InputError(f"{where}: a record of {size} MiB, the limit is {MOST_RECORD >> 20}; split it")
+        if end - start > most:
+            raise InputError(f"{where}: a record of {(end - start) >> 20} MiB, the limit is {most >> 20}; split it")
         raw = self.read(start, end)
         try:
             return raw.decode("utf-8-sig" if start == 0 else "utf-8")

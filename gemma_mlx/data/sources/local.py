@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_mlx.data.blob import suffix_of
 from gemma_mlx.data.sources.lines import FIELD_LIMIT, LineFile, broken_record, csv_starts
 from gemma_mlx.data.sources.table import Row, file_digest
 from gemma_mlx.errors import InputError
@@ -31,7 +32,7 @@ class CsvTable:
     def __init__(self, path: str | Path, name: str | None = None, base: str | None = None):
         self.path = Path(path)
         self.name, self.base = name or str(path), base or str(self.path.parent)
-        self.delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        self.delimiter = "\t" if suffix_of(self.name) == ".tsv" else ","
         csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
         self._file = LineFile(self.path, "CSV", self.name)
         starts, lines = csv_starts(self._file, self.delimiter, 0, 0)
