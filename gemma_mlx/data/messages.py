@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mlx.data.blob import Medium
-from gemma_mlx.data.values import KEYS, check_depth, filled, kind_of, medium_of, objects_of, parsed
 from gemma_mlx.data.places import Folders, shown
 from gemma_mlx.data.turns import Audio, Image, Part, Text, Turn, Video
+from gemma_mlx.data.values import KEYS, check_depth, filled, kind_of, medium_of, objects_of, parsed
 from gemma_mlx.errors import InputError
 
 MAX_MESSAGES = 1000
@@ -109,11 +109,11 @@ class MessageReader:
             )
         told = f"message {i} ({name})"
         parts = self._parts(message.get("content", message.get("value")), told)
-        read = _Read(role, parts, _extra(message, role, f"{self.where}: {told}"), learned, f"{self.where}: {told}")
+        read = _Read(role, parts, _extra(message, role, f"{self.where}: {told}"), True, f"{self.where}: {told}")
         if read.silent and role in ("user", "model") and "tool_calls" not in read.extra:
             raise InputError(f"{read.told}: empty text: it says nothing; fill it or remove the row")
         if role == "model":
-            read.learned &= _weight(message, read.told)
+            read.learned = learned and _weight(message, read.told)
             if not all(isinstance(part, Text) for part in parts):
                 raise InputError(f"{read.told} holds media, but models answer in text; move them to a user's message")
         return read

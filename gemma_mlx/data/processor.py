@@ -12,7 +12,7 @@ from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data import template_gemma3 as gemma3
 from gemma_mlx.data import template_gemma3n
 from gemma_mlx.data.batches import clip_tokens
-from gemma_mlx.data.examples import Audio, Example, Image, Text, Video
+from gemma_mlx.data.blob import described
 from gemma_mlx.data.features import Patches, image_patches, log_mel, raw_frames
 from gemma_mlx.data.features_gemma3n import log_mel as gemma3n_log_mel
 from gemma_mlx.data.features_gemma3n import square_picture
@@ -35,6 +35,7 @@ from gemma_mlx.data.template import (
 )
 from gemma_mlx.data.template_gemma3n import WithBreaks
 from gemma_mlx.data.tokenizer import Tokenizer, read_json
+from gemma_mlx.data.turns import Audio, Example, Image, Text, Video
 from gemma_mlx.data.video import load_frames, timestamps, video_info
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import ModelSpec, image_soft_tokens, read_spec
@@ -55,7 +56,8 @@ class Processor:
         spec: its spec; read from the folder if None.
         image_tokens: the most soft tokens a picture may take; None for the checkpoint's own setting.
         long_audio: "error" or "truncate", for clips over 30 s.
-        train_on: "all" model turns of a conversation or the "last" one.
+        train_on: "all" model turns of a conversation or the "last" one: what it ends with. Turns that are not
+            `learned` carry no loss either way.
         chat_template: a template to use instead of the checkpoint's.
 
     Raises:
@@ -270,7 +272,7 @@ class Processor:
         try:
             return self.picture_patches(picture, self.video_limits[1] if isinstance(part, Video) else None)
         except InputError as e:
-            raise InputError(f"{where}: {part.path}: {e}") from None
+            raise InputError(f"{where}: {described(part.path)}: {e}") from None
 
     def _budget(self, part: Image | Video) -> Sequence[int]:
         """(the most soft tokens, pixels of a patch's side, patches of a soft token's side)."""
@@ -282,6 +284,6 @@ class Processor:
         kind, tower = ("audio", self.spec.audio) if isinstance(part, Audio) else ("vision", self.spec.vision)
         if tower is None:
             raise InputError(
-                f"{example.where}: {part.path}: this checkpoint has no {kind} tower ({kind}_config in config.json); "
+                f"{example.where}: {described(part.path)}: this checkpoint has no {kind} tower ({kind}_config in config.json); "
                 "leave the column out or use another checkpoint"
             )

@@ -1,16 +1,18 @@
 """Example -> token ids and labels, through the checkpoint's own chat template.
 
-What carries loss: what a model turn says, through ``<turn|>`` inclusive. The line break after it does not, nor do
-prompts, media and padding. A model turn counts only if what stands before it is what generation would be given there
-(the template's generation prompt): templates whose generation prompt goes beyond the header written into history (the
-empty thought of the larger Gemma 4 models) get loss on the last turn alone, behind the generation prompt. Everywhere
-else the ids are those of transformers' ``Gemma4Processor`` for the whole conversation, final line break included.
+What carries loss: what a model turn says, through ``<turn|>`` inclusive, or through the token that stands there where
+the turn ends in a call for a tool (Gemma 4: ``<|tool_response>``). The line break after it does not, nor do prompts,
+media, tools' results and padding. A model turn counts only if what stands before it is what generation would be given
+there (the template's generation prompt): templates whose generation prompt goes beyond the header written into history
+(the empty thought of the larger Gemma 4 models) get loss on the last turn alone, behind the generation prompt. Nor does
+an earlier turn count whose thought the template leaves out of history. Everywhere else the ids are those of
+transformers' ``Gemma4Processor`` for the whole conversation, final line break included.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from gemma_mlx.batch import IGNORE_INDEX
-from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.features import Patches
 from gemma_mlx.data.tokenizer import Tokenizer
+from gemma_mlx.data.turns import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.video import spell_frames
 from gemma_mlx.errors import InputError
 
@@ -44,7 +46,12 @@ DEFAULT_TEMPLATE = """\
 """Gemma 4's conversation format, for checkpoints that come without a template (the base models)."""
 
 TRAIN_ON = ("all", "last")
-"""Which model turns of a conversation carry loss."""
+"""Which model turns of a conversation carry loss: all, or the one that the conversation ends with."""
+TOOL_TOKENS = (
+    *("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
+    *("<|channel>", "<channel|>"),
+)
+"""What a tool's schema, arguments, results and the thoughts beside them may not hold: it would end them."""
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 """Values of ``mm_token_type_ids``."""
 _STAND_IN = "\ue000the answer\ue001"
@@ -117,8 +124,20 @@ class ChatTemplate:
     def _raise(self, message: str) -> None:
         raise self._error(message)
 
-    def render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        where: str,
+        add_generation_prompt: bool = False,
+        tools: list[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The conversation as text, with one placeholder for each medium.
+
+        Args:
+            messages: ``{"role", "content", …}``.
+            where: "train.csv:8", for messages.
+            add_generation_prompt: whether what the model is given before it answers stands at the end.
+            tools: JSON schemas of what the model may call.
 
         Raises:
             InputError: the template refuses the conversation.
@@ -126,12 +145,12 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (self._error, TypeError, KeyError) as e:
+        except (self._error, TypeError, KeyError, AttributeError, ValueError, RecursionError) as e:
             raise InputError(f"{where}: the chat template refuses this conversation ({e}); change the row") from None
 
 
@@ -160,12 +179,12 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     messages = []
     for turn in turns:
         role = "assistant" if turn.role == "model" else turn.role
-        content: str | list[dict[str, str]]
+        content: str | list[dict[str, str]] = ""
         if len(turn.parts) == 1 and isinstance(turn.parts[0], Text):
             content = turn.parts[0].text
-        else:
+        elif turn.parts:
             content = [_part(part) for part in turn.parts]
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **turn.extra})
     return messages
 
 
@@ -178,14 +197,42 @@ def _part(part: Text | Image | Video | Audio) -> dict[str, str]:
 def check_texts(example: Example, tokenizer: Tokenizer) -> None:
     """Refuses control tokens inside what somebody says: they would end turns or stand for media that are not there.
 
-    A completion may hold turns written out, but no media.
+    A completion may hold turns written out, but no media. What tools are told and give back may hold no tokens that
+    delimit it either.
     """
     refused = tokenizer.media_tokens if example.completion else tokenizer.control_tokens
+    delimiters: tuple[str, ...] = ()
+    if example.tools or any(turn.extra or turn.role == "tool" for turn in example.turns):
+        delimiters = tuple(token for token in TOOL_TOKENS if tokenizer.id_of(token) is not None)
     for turn in example.turns:
+        known = (*refused, *delimiters) if turn.role == "tool" else refused
         for part in turn.parts:
-            for token in refused if isinstance(part, Text) else ():
-                if token in part.text:
-                    raise InputError(f"{example.where}: the text contains the control token {token}; remove it")
+            if isinstance(part, Text):
+                _check_text(part.text, known, f"{example.where}: the text")
+        for key, value in turn.extra.items():
+            for text in _texts_in(value):
+                _check_text(text, (*refused, *delimiters), f"{example.where}: {key}")
+    for text in _texts_in(example.tools):
+        _check_text(text, (*refused, *delimiters), f"{example.where}: the tools' description")
+
+
+def _check_text(text: str, refused: Sequence[str], told: str) -> None:
+    for token in refused:
+        if token in text:
+            raise InputError(f"{told} contains the control token {token}; remove it")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text inside lists and objects, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts_in(inner)
 
 
 class WithFrames:
@@ -200,9 +247,9 @@ class WithFrames:
     def __init__(self, template: ChatTemplate, placeholder: str, films: Sequence[Sequence[str]]):
         self._template, self._placeholder, self._films = template, placeholder, films
 
-    def render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False) -> str:
+    def render(self, *arguments: Any, **options: Any) -> str:
         """As `ChatTemplate.render`."""
-        text = self._template.render(messages, where, add_generation_prompt)
+        text = self._template.render(*arguments, **options)
         return spell_frames(text, self._placeholder, self._films)
 
 
@@ -214,45 +261,134 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
+class _Script:
+    """A conversation's beginnings as the template writes them.
+
+    Attributes:
+        text: the whole conversation.
+    """
+
+    def __init__(self, example: Example, template: ChatTemplate | WithFrames):
+        self.turns, self.where = example.turns, example.where
+        self._template, self._messages = template, messages_of(example.turns)
+        self._tools = list(example.tools) or None
+        self.text = self._render(self._messages)
+        calls = (call for turn in example.turns for call in turn.extra.get("tool_calls", ()))
+        for tool in (*example.tools, *calls):
+            if (name := tool["function"]["name"]) not in self.text:
+                raise InputError(
+                    f"{self.where}: the chat template does not write the tool {name!r}; use a checkpoint whose "
+                    "template knows tools, or remove them from the row"
+                )
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        return self._template.render(messages, self.where, prompt, self._tools)
+
+    def prompt(self, k: int) -> str:
+        """What generation would be given in the place of turn k."""
+        return self._render(self._messages[:k], prompt=True)
+
+    def header(self, k: int) -> str:
+        """What stands before the answer of a model turn in the place of turn k."""
+        stand_in = [*self._messages[:k], {"role": "assistant", "content": _STAND_IN}]
+        return self._render(stand_in).partition(_STAND_IN)[0]
+
+    def through(self, k: int) -> str:
+        """The conversation that ends with turn k."""
+        return self.text if k == len(self.turns) - 1 else self._render(self._messages[: k + 1])
+
+    def through_calls(self, k: int) -> str:
+        """The conversation that ends with the calls of turn k, which says nothing besides."""
+        return self._render([*self._messages[:k], {**self._messages[k], "content": ""}])
+
+    def answers(self) -> list[tuple[int, int]]:
+        """(first, last) turn of each answer: several where the template writes model turns in a row as one."""
+        found: list[tuple[int, int]] = []
+        for k, turn in enumerate(self.turns):
+            if turn.role != "model":
+                continue
+            if found and found[-1][1] == k - 1 and not self.text.startswith(self.through(k - 1).rstrip()):
+                found[-1] = found[-1][0], k
+            else:
+                found.append((k, k))
+        return found
+
+
 def render_prompt(example: Example, template: ChatTemplate | WithFrames) -> Rendered:
     """Everything up to where the last model turn begins to speak."""
-    turns = example.turns[:-1] if example.turns and example.turns[-1].role == "model" else example.turns
-    return Rendered(template.render(messages_of(turns), example.where, add_generation_prompt=True), ())
+    script = _Script(example, template)
+    end = len(example.turns)
+    if example.turns and example.turns[-1].role == "model":
+        end = script.answers()[-1][0]
+    return Rendered(script.prompt(end), ())
 
 
 def render_conversation(example: Example, template: ChatTemplate | WithFrames, train_on: str = "all") -> Rendered:
     """The whole conversation, with the spans of the model turns that are trained on.
 
-    Each turn's surroundings are found by rendering a stand-in for its answer, so that any template will do.
+    Each turn's surroundings are found by rendering the conversation's beginnings, so that any template will do.
 
     Raises:
-        InputError: no model turn at the end, an empty one, or a template that rewrites answers or history.
+        InputError: no model turn at the end, an empty one, none that is learned, or a template that rewrites answers
+            or history, or knows no tools.
     """
     where, turns = example.where, example.turns
     if not turns or turns[-1].role != "model":
         raise InputError(f"{where}: the conversation does not end with a model turn; give it an answer to learn")
-    messages = messages_of(turns)
-    text, spans = template.render(messages, where), []
-    last = len(turns) - 1
-    for k in range(len(turns)):
-        if turns[k].role != "model" or (train_on == "last" and k != last):
+    script = _Script(example, template)
+    text, spans, last = script.text, [], len(turns) - 1
+    for first, end in script.answers():
+        learned = all(turn.learned for turn in turns[first : end + 1]) and (train_on == "all" or end == last)
+        header = script.header(first) if learned else ""
+        if not learned or (said := _said(script, first, end, header)) is None:
             continue
-        answer = "".join(part.text.strip() for part in turns[k].parts if isinstance(part, Text))
-        if not answer:
-            raise InputError(f"{where}: empty text: a model turn says nothing; fill it or remove the row")
-        stand_in = [*messages[:k], {"role": "assistant", "content": _STAND_IN}]
-        before, _, after = template.render(stand_in, where).partition(_STAND_IN)
-        if not text.startswith(before + answer + after):
-            raise InputError(
-                f"{where}: the chat template alters the answer (it may strip thoughts, <|channel>…<channel|>), "
-                "or what was said before; remove that part of the text"
-            )
-        prompt = template.render(messages[:k], where, add_generation_prompt=True)
-        if prompt == before or k == last:
-            if k == last:
-                text = prompt + text[len(before) :]
-            spans.append((len(prompt), len(prompt) + len(answer + after.rstrip())))
+        prompt = script.prompt(first)
+        if prompt == header or end == last:
+            if end == last:
+                text = prompt + text[len(header) :]
+            spans.append((len(prompt), len(prompt) + len(said) - len(header)))
+    if not spans:
+        raise InputError(f"{where}: no model turn carries loss; give the last one a weight, or remove the row")
     return Rendered(text, tuple(spans))
+
+
+def _said(script: _Script, first: int, end: int, header: str) -> str | None:
+    """The conversation through the token that ends an answer; `header` is all that stands before what it says.
+
+    None where later turns make the template write it otherwise, and it may: it takes thoughts out of history.
+
+    Raises:
+        InputError: the answer says nothing, or the template alters what it says.
+    """
+    turns = script.turns[first : end + 1]
+    special = any(turn.extra for turn in turns)
+    if not any(turn.text or turn.extra.get("tool_calls") for turn in turns):
+        raise InputError(f"{script.where}: empty text: a model turn says nothing; fill it or remove the row")
+    whole = script.through(end)
+    answer = whole[len(header) :]
+    thoughts = [turn.extra["reasoning"].strip() for turn in turns if "reasoning" in turn.extra]
+    if not special and not answer.startswith("".join(turn.text for turn in turns)):
+        raise _altered(script.where)
+    if not whole.startswith(header) or any(turn.text not in answer for turn in turns):
+        raise _altered(script.where)
+    if any(thought not in answer for thought in thoughts):
+        raise InputError(
+            f"{script.where}: the chat template does not write the thought of a model turn (reasoning); remove it"
+        )
+    if script.text.startswith(whole.rstrip()):
+        return whole.rstrip()
+    if not special:
+        raise _altered(script.where)
+    # Gemma 4 writes what a turn says beside its calls behind their results.
+    calls = script.through_calls(end).rstrip() if turns[-1].extra.get("tool_calls") else ""
+    return calls if calls and script.text.startswith(calls) else None
+
+
+def _altered(where: str) -> InputError:
+    return InputError(
+        f"{where}: the chat template alters the answer (it may strip thoughts, <|channel>…<channel|>), "
+        "or what was said before; remove that part of the text"
+    )
 
 
 def encode(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
