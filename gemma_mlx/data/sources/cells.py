@@ -73,11 +73,11 @@ def embedded(data: bytes, path: str, where: str, column: str) -> Embedded:
 def cell(value: Any, where: str, column: str) -> Any:
     """What `Row.values` holds for a value that a format gives as a Python object.
 
-    Text stays; an absent value (None, a float that is not a number) is ""; numbers, booleans, dates and decimals become
-    their shortest text, as a CSV would have them. ``{bytes, path}``, as Hugging Face datasets stores media, becomes a
-    `gemma_mlx.data.blob.Embedded`, or its path where it has no bytes. Lists and dicts stay, with plain JSON values in
-    them; absent fields of dicts go. Plain bytes are a medium if they look like one or the column's name says so, else
-    text if they are UTF-8.
+    Text stays; an absent value (None, a float that is not a number) is ""; numbers, truth values, dates and decimals
+    become their shortest text, as a CSV or JSON would have them. ``{bytes, path}``, as Hugging Face datasets stores
+    media, becomes a `gemma_mlx.data.blob.Embedded`, or its path where it has no bytes. Lists and dicts stay, with plain
+    JSON values in them; absent fields of dicts go. Plain bytes are a medium if they look like one or the column's name
+    says so, else text if they are UTF-8.
 
     Raises:
         InputError: a text of more than `MAX_TEXT_BYTES` characters.
@@ -94,6 +94,8 @@ def cell(value: Any, where: str, column: str) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, float | np.floating) and math.isnan(value):
         return ""
     return str(value)

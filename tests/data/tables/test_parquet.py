@@ -124,7 +124,7 @@ def test_numbers_and_the_rest_are_text_as_in_a_csv(tmp_path):
         "real": "0.1",
         "half": "1.5",
         "long": "0.3333333333333333",
-        "flag": "True",
+        "flag": "true",
         "price": "12.50",
         "day": "2024-05-01",
         "at": "2024-05-01 12:30:00+00:00",
@@ -136,7 +136,7 @@ def test_numbers_and_the_rest_are_text_as_in_a_csv(tmp_path):
     }
     assert second.values | {"raw": ""} == dict.fromkeys(columns, "") | {
         "long": "2.0",
-        "flag": "False",
+        "flag": "false",
         "word": "b",
         "view": "d",
     }
