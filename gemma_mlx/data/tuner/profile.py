@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from gemma_mlx.config import FIELDS, convert
-from gemma_mlx.data.examples import MEDIA, STANDARD
+from gemma_mlx.data.examples import STANDARD
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.tuner.ini import Settings, read_settings
 from gemma_mlx.data.tuner.languages import STRICT, LanguageMode
@@ -30,6 +30,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """What gets adapters there, and all that ``lora_target_modules`` can choose from."""
 SEEN_AND_HEARD = "Describe what the picture shows and what is heard."
 """The instruction of ``modality = audiovisual``, whose answer is no transcript."""
+_PATHS = ("audio_path", "image_path", "video_path")
 _SAVE_STEPS = 500
 """Steps between checkpoints there under ``save_strategy = steps``, which does not get ``save_steps``."""
 
@@ -125,13 +126,11 @@ def _columns(settings: Settings, modality: str, header: Sequence[str], table: Pa
     else:
         vqa = modality == "image" and task == "vqa"
         wanted |= {"question": told, "answer": text} if vqa else {"caption": text}
-    unread = [name for name in STANDARD if name not in wanted and (name in MEDIA or name in header)]
-    found = {name: wanted.get(name, "") for name in STANDARD if name in wanted or name in unread}
-    needed = [column for name, column in found.items() if column and name != "language"]
-    missing = next((column for column in needed if column not in header), None)
-    if missing:
+    needed = [column for name, column in wanted.items() if name != "language"]
+    if missing := next((column for column in needed if column not in header), None):
         raise InputError(f"{table}:1: missing column {missing!r}; found {', '.join(header)}")
-    return {name: column for name, column in found.items() if name != column}
+    unread = {name: "" for name in STANDARD if name not in wanted and (name in header or name in _PATHS)}
+    return {**{name: column for name, column in wanted.items() if name != column}, **unread}
 
 
 def _patches(settings: Settings, root: Path, lines: list[str]) -> Patches | None:
