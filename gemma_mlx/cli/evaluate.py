@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gemma_mlx.cli.options import data_options, model_options
+from gemma_mlx.errors import InputError
 
 
 @click.command()
@@ -26,14 +27,27 @@ from gemma_mlx.cli.options import data_options, model_options
     help="basic: case, punctuation and spacing do not count; none: only spacing does not.",
 )
 @click.option("--without-media", is_flag=True, help="Silence for every clip, grey for every picture: what is guessed?")
-def command(data: str, out: Path | None, **options: Any) -> None:
+@click.option(
+    "--flag-bad-rows",
+    metavar="LIMIT",
+    type=float,
+    help="Write transcripts of a word error rate above LIMIT (0.5) to delete.csv in --out: rows to look at.",
+)
+def command(data: str, out: Path | None, flag_bad_rows: float | None, **options: Any) -> None:
     """Answer every row of DATA and compare: WER and CER for transcripts, exact match for answers."""
     from gemma_mlx.cli.use import load_model_and_rows
     from gemma_mlx.evaluation import PREDICTIONS, evaluate
+    from gemma_mlx.flagging import check_limit, flag_rows
     from gemma_mlx.progress import Reporter
 
+    if flag_bad_rows is not None:
+        check_limit(flag_bad_rows)
+        if out is None:
+            raise InputError("--flag-bad-rows writes delete.csv into --out; give --out FOLDER")
     model, processor, reading = load_model_and_rows(options)
     report = evaluate(model, processor, data, out, progress=Reporter().counter("answering"), **reading, **options)
     click.echo(report.table())
     if out:
         click.echo(f"predictions: {out / PREDICTIONS}")
+    if out and flag_bad_rows is not None:
+        click.echo(flag_rows(report.predictions, flag_bad_rows, out, options["normalize"]))
