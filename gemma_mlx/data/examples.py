@@ -36,11 +36,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mlx.data.blob import Medium
-from gemma_mlx.data.values import filled, media_of, objects_of, text_of
 from gemma_mlx.data.messages import MessageReader, tools_of
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.table import Row
 from gemma_mlx.data.turns import Audio, Example, Image, Part, Text, Turn, Video
+from gemma_mlx.data.values import filled, media_of, objects_of, text_of
 from gemma_mlx.errors import InputError
 
 __all__ = ["Audio", "Example", "Image", "Part", "Prompts", "RowReader", "Text", "Turn", "Video"]
@@ -159,7 +159,8 @@ class RowReader:
             return self._conversation(*found, given, row, row_id)
         target = next((name for name in ANSWERS if name in given), None)
         if target is None and self.need_answer:
-            columns = [self._source[name] for name in ANSWERS if self._source.get(name) in row.values]
+            known = [self._source[name] for name in (*ANSWERS, *CONVERSATIONS) if name in self._source]
+            columns = [column for column in known if column in row.values or column in self.columns]
             raise InputError(
                 f"{row.where}: empty text: nothing in {' or '.join(map(repr, columns))} for the model to learn; "
                 "fill the cell or remove the row"

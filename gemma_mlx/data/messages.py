@@ -39,7 +39,7 @@ _TYPES = {"text": "text", "input_text": "text", "output_text": "text"} | {
     spelling.format(kind): kind for kind in KINDS for spelling in ("{}", "{}_url", "input_{}")
 }
 _REASONING = ("reasoning", "reasoning_content", "thinking")
-"""Templates differ in the name that they read, so a thought is handed on under all of them (as transformers does)."""
+"""Templates differ in the name that they read, so a thought is handed on under all of them."""
 _TAG = re.compile(r"<(image|video|audio)>")
 
 
@@ -259,7 +259,5 @@ def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 def _function(given: Mapping[str, Any], told: str) -> Mapping[str, Any]:
     function = given.get("function") if filled(given.get("function")) else given
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise InputError(
-            f'{told}: expected {{"type": "function", "function": {{"name": …}}}}; give the function a name'
-        )
+        raise InputError(f'{told} has no name; expected {{"type": "function", "function": {{"name": …}}}}')
     return function

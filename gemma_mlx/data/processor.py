@@ -284,6 +284,6 @@ class Processor:
         kind, tower = ("audio", self.spec.audio) if isinstance(part, Audio) else ("vision", self.spec.vision)
         if tower is None:
             raise InputError(
-                f"{example.where}: {described(part.path)}: this checkpoint has no {kind} tower ({kind}_config in config.json); "
-                "leave the column out or use another checkpoint"
+                f"{example.where}: {described(part.path)}: this checkpoint has no {kind} tower ({kind}_config in "
+                "config.json); leave the column out or use another checkpoint"
             )
