@@ -259,7 +259,7 @@ def _told_errors(url: str, policy: RetryPolicy) -> Iterator[None]:
     import requests
     import urllib3
     from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import GoogleAuthError, TransportError
 
     try:
         yield
@@ -267,7 +267,7 @@ def _told_errors(url: str, policy: RetryPolicy) -> Iterator[None]:
         raise _told_status(e, url) from None
     except GoogleAuthError as e:
         # Anonymous credentials cannot be renewed either: that is how an object says that it is not public.
-        if e.retryable:
+        if e.retryable or isinstance(e, TransportError):
             raise TransientError("the login failed") from None
         raise InputError(f"{url}: credentials are needed, or they have expired; run {_LOGIN}") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:

@@ -9,10 +9,12 @@ All listen on 127.0.0.1 at a free port, and all are context managers. Nothing he
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -76,19 +78,39 @@ class Counted:
         self.asked.clear()
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.open: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", 0), handler)
+
+    def process_request(self, request, client_address) -> None:
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_) -> None:
+        """Clients go away, that is what they are tested for."""
+
+
 class _Server:
     """A threaded HTTP server whose handler finds this object as `self.server.owner`."""
 
     handler: type[BaseHTTPRequestHandler]
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.stopping = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler)
-        self._http.daemon_threads = True
+        self._http = _Http(self.handler)
+        if tls:
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
         self._http.owner = self
         self.port = self._http.server_address[1]
         self.address = f"127.0.0.1:{self.port}"
-        self.url = f"http://{self.address}"
+        self.url = f"http{'s' if tls else ''}://{self.address}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -97,6 +119,9 @@ class _Server:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+        for connection in list(self._http.open):  # else those that are kept alive would be served on
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self):
         return self
@@ -107,6 +132,7 @@ class _Server:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a head and a short body would wait 40 ms for each other
 
     def log_message(self, *_) -> None:
         pass
@@ -206,6 +232,7 @@ class FileServer(Counted, _Server):
         no_lengths: chunked bodies without a length.
         weak_etags: ``W/"…"``.
         headers: further headers of every file.
+        tls: a server's side, to serve https.
 
     Attributes:
         redirects: path -> Location, may be filled while it runs.
@@ -226,6 +253,7 @@ class FileServer(Counted, _Server):
         no_lengths: bool = False,
         weak_etags: bool = False,
         headers: dict[str, str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         Counted.__init__(self)
         self.folder = Path(folder)
@@ -234,7 +262,7 @@ class FileServer(Counted, _Server):
         self.headers = headers or {}
         self.redirects: dict[str, str] = {}
         self.statuses: dict[str, int] = {}
-        _Server.__init__(self)
+        _Server.__init__(self, tls)
 
     def etag(self, file: Path) -> str:
         """By content."""
@@ -343,6 +371,7 @@ class Fault:
 
 class _ProxyHandler(_Handler):
     def do_GET(self) -> None:
+        self.path = re.sub(r"^http://[^/]+", "", self.path)  # as a client asks its proxy
         owner, asked = self.server.owner, self.noted()
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else None
@@ -414,6 +443,8 @@ class _ProxyHandler(_Handler):
 
 class FaultProxy(Counted, _Server):
     """Passes requests on to a server of this machine, counts them, and injects faults.
+
+    A client may also name it as its ``HTTP_PROXY``: then every host that it asks is that server.
 
     Args:
         upstream: ``127.0.0.1:port``.
