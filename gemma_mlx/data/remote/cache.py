@@ -191,7 +191,9 @@ class Cache:
                 if not _locked(handle) or not _is(part, handle):
                     return None
                 try:
-                    if not self.index.entry(key):
+                    with self.index.writing():  # waits for a publication that has moved the part already
+                        whole = self.index.is_whole(key)
+                    if not whole:
                         os.ftruncate(handle, 0)  # what a process that is gone has left
                         draft = Draft(self, key, told, size, handle)
                 finally:

@@ -29,7 +29,8 @@ AHEAD_BYTES = 256 << 20
 AHEAD_OBJECTS = 1024
 """How many objects may wait to be prefetched; further ones are fetched when they are opened."""
 RANGED_BYTES = 32 << 20
-"""Larger objects are read in `LANES` ranges at a time."""
+"""Larger objects of Cloud Storage are read in `LANES` ranges at a time. Over HTTP they are not: a server that knows no
+ranges would send the beginning again for each."""
 LANES = 4
 _UNVERSIONED = "unversioned "
 """Marks the version of an object whose server gives none: its bytes serve the run that read them, and no other."""
@@ -272,7 +273,7 @@ class Fetcher:
     def _download(self, url: str, pin: Pin, first: bool, draft: Draft) -> None:
         versioned = not pin.version.startswith(_UNVERSIONED)
         stat = Stat(pin.size, pin.version if versioned else "")
-        if versioned and pin.size is not None and pin.size > RANGED_BYTES:
+        if scheme_of(url) == "gs" and versioned and pin.size is not None and pin.size > RANGED_BYTES:
             self._read_in_lanes(url, stat, first, draft)
         else:
             self._read(url, stat, first, draft)

@@ -175,6 +175,10 @@ class Index:
         """Keys of entries that are being written (or were, by a process that is gone)."""
         return [key for (key,) in self._all("SELECT key FROM entries WHERE checksum IS NULL")]
 
+    def is_whole(self, key: bytes) -> bool:
+        """Whether there is a whole entry."""
+        return bool(self._all("SELECT 1 FROM entries WHERE key = ? AND checksum NOT NULL", key))
+
     def reserve(self, key: bytes, size: int) -> None:
         """Sets the bytes set aside for an entry that is being written."""
         self._db.execute(
@@ -231,7 +235,7 @@ class Index:
 
     def hold(self, owner: str, key: bytes) -> bool:
         """Keeps an entry from being let go; false where there is none."""
-        if not self._all("SELECT 1 FROM entries WHERE key = ? AND checksum NOT NULL", key):
+        if not self.is_whole(key):
             return False
         self._db.execute("INSERT OR IGNORE INTO holds VALUES (?, ?)", (owner, key))
         return True

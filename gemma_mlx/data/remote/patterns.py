@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from gemma_mlx.errors import InputError
 
-MAX_NAMES = 1_000_000
+MAX_NAMES = 100_000
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _BRACES = 50
 
