@@ -14,6 +14,7 @@ from gemma_mlx.errors import SourceError
 
 T = TypeVar("T")
 log = logging.getLogger("gemma_mlx")
+_JITTER = random.SystemRandom()  # a seed that somebody set is for other things, and processes must not wait alike
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP answers that a later try may not get."""
@@ -84,7 +85,7 @@ class Attempts:
         self._failures, self._arrived = self._failures + 1, 0
         self._since = self._since or now
         wait = min(policy.first_wait * 2 ** (self._failures - 1), policy.longest_wait)
-        wait *= 0.5 + random.random() / 2  # seeded order must not depend on this: another generator than the data's
+        wait *= 0.5 + _JITTER.random() / 2
         wait = min(max(wait, error.wait or 0.0), policy.longest_wait)
         tries = policy.attempts if error.known else min(policy.attempts, 4)
         if self._failures >= tries or now + wait > self._since + policy.total:
