@@ -27,6 +27,7 @@ class Settings:
         path: the config.ini.
         profile: the profile's name.
         values: key (lower case) -> (value, section).
+        dataset: the values of the data set's section and ``[DEFAULT]`` alone: where its rows come from.
         lost: (section, key, value) of what a section says in vain; see the top of this file.
         asked: keys that were looked up.
     """
@@ -34,7 +35,8 @@ class Settings:
     path: Path
     profile: str
     values: dict[str, tuple[str, str]]
-    lost: list[tuple[str, str, str]]
+    dataset: dict[str, str] = field(default_factory=dict)
+    lost: list[tuple[str, str, str]] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
     def text(self, key: str, default: str = "") -> str:
@@ -85,13 +87,14 @@ def read_settings(path: Path, profile: str) -> Settings:
             raise InputError(f"{path} [{top}]: no {key}; name one: {_names(own, key)}")
         _present(path, own, key, said[key])
     model, dataset = f"model:{said['model']}", f"dataset:{said['dataset']}"
-    settings = Settings(path, profile, {}, [])
+    settings = Settings(path, profile, {})
     try:
         defaults = full.defaults()
         settings.values = {key: (full.get("DEFAULT", key), "DEFAULT") for key in defaults}
         group = full.get(model, "group", fallback="")
         for section in ("dataset_defaults", f"group:{group}", model, dataset):
             _lay(settings, full, own, section, set() if section == "dataset_defaults" else set(defaults))
+        settings.dataset = {key: (full.get(dataset, key) or "").strip() for key in full[dataset]}
     except configparser.Error as error:
         raise InputError(f"{path}: {_one_line(error)}") from None
     settings.values |= {key: (value or "", top) for key, value in said.items()}

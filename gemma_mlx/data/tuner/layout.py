@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemma_mlx.data.examples import ANSWERS
 from gemma_mlx.data.sources.table import Row, Table
 from gemma_mlx.data.tuner.languages import LanguageMode
 from gemma_mlx.data.tuner.patches import DELETE, OVERRIDES, PROTECT, Patches, normal_id
@@ -47,12 +49,49 @@ def audio_column(columns: Sequence[str]) -> str | None:
     return next((name for name in AUDIO_COLUMNS if name in columns), None)
 
 
+def learnt_column(columns: Sequence[str], mapping: Mapping[str, str] | None = None) -> str:
+    """The column of a table that the model learns, which patches of texts go to.
+
+    Args:
+        columns: the table's.
+        mapping: standard name -> column, as for `gemma_mlx.data.examples`; of several answers the first one counts.
+    """
+    sources = ((mapping or {}).get(name, name) for name in ANSWERS)
+    return next((column for column in sources if column in columns), "text")
+
+
+def patching(folder: str | Path | None, language_mode: str | None) -> Callable[[Table, Mapping[str, str]], Table]:
+    """What puts patches and a language mode on tables; it takes a table and its column mapping.
+
+    Args:
+        folder: of patches (``data_patches/SOURCE``), read once, here; None for none.
+        language_mode: as for `PatchedTable`.
+
+    Raises:
+        InputError: as `Patches.read`; no such mode. From the result, as `PatchedTable`.
+    """
+    if folder is None and language_mode is None:
+        return lambda table, mapping: table
+    patches = None if folder is None else Patches.read(folder)
+    if language_mode is not None:
+        LanguageMode.parse(language_mode)
+
+    def put(table: Table, mapping: Mapping[str, str]) -> PatchedTable:
+        text, key = learnt_column(table.columns, mapping), mapping.get("id") or "id"
+        here = patches and dataclasses.replace(patches, text_column=text, id_column=key)
+        told = language_mode if mapping.get("language", "language") else None
+        return PatchedTable(table, here, told, language_column=mapping.get("language", "language"))
+
+    return put
+
+
 class PatchedTable:
     """The rows of a table that patches leave, with their texts and languages as patches and language mode say.
 
     Rows are patched as they are read and keep their `Row.where` and id; only which rows are left is held, 4 bytes a
     row, and nothing where no row goes. To know it, opening goes over the ids once; a row that cannot be read then stays
-    in, so that reading it says what is wrong.
+    in, so that reading it says what is wrong. Stretches (`Table.units`, and ``unit_bytes`` where the table has it) of
+    which nothing is left are gone.
 
     Args:
         table: the rows.
@@ -86,7 +125,14 @@ class PatchedTable:
         self._found: dict[str, int] = {}
         if self._patches:
             self._scan(self._patches, ids)
-        self.units = self._units(table.units)
+        self.units = table.units
+        if table.units is not None and self._kept is not None:
+            counts = np.diff(np.searchsorted(self._kept, np.cumsum(table.units)), prepend=0).tolist()
+            self.units = [n for n in counts if n]
+            if (sizes := getattr(table, "unit_bytes", None)) is not None:
+                self.unit_bytes = [size for size, n in zip(sizes, counts, strict=True) if n]
+        elif hasattr(table, "unit_bytes"):
+            self.unit_bytes = table.unit_bytes
 
     def _scan(self, patches: Patches, ids: Iterable[Any] | None) -> None:
         """Which rows are left, and what happens to how many."""
@@ -120,13 +166,6 @@ class PatchedTable:
             raise
         except InputError:
             return None
-
-    def _units(self, units: Sequence[int] | None) -> Sequence[int] | None:
-        """Rows left of each stretch; stretches of which nothing is left are gone."""
-        if units is None or self._kept is None:
-            return units
-        ends = np.searchsorted(self._kept, np.cumsum(units))
-        return [int(n) for n in np.diff(ends, prepend=0) if n]
 
     def __len__(self) -> int:
         return len(self._table) if self._kept is None else len(self._kept)

@@ -46,8 +46,8 @@ def read_profile(path: Path, profile: str, root: Path | None = None) -> tuple[di
             directory, whichever has the data set; the working directory is first if it has a config.ini, as there.
 
     Returns:
-        Options by the names of `gemma_mlx.config.FIELDS`, in its order, with ``patches`` and ``language_mode``; paths
-        in the working directory are relative to it. And the lines, each naming the key and its section.
+        Options by the names of `gemma_mlx.config.FIELDS`, in its order; paths in the working directory are relative to
+        it. And the lines, each naming the key and its section.
 
     Raises:
         InputError: naming the file and section: no such profile (with those there are), no data, a value that is none.
@@ -77,8 +77,7 @@ def read_profile(path: Path, profile: str, root: Path | None = None) -> tuple[di
     for key in ("model", "group", "image_token_budget", "language_mode"):
         settings.text(key)  # said by other keys, or without a meaning in this modality
     lines += remarks(settings)
-    order = [*list(FIELDS)[: list(FIELDS).index("columns") + 1], "patches", "language_mode", *FIELDS]
-    return {name: options[name] for name in dict.fromkeys(order) if options.get(name) is not None}, lines
+    return {name: options[name] for name in FIELDS if options.get(name) is not None}, lines
 
 
 def to_yaml(options: dict[str, Any], notes: Iterable[str] = ()) -> str:
@@ -136,10 +135,12 @@ def _columns(settings: Settings, modality: str, header: Sequence[str], table: Pa
 def _patches(settings: Settings, root: Path, lines: list[str]) -> Patches | None:
     """The patches of the data set's source, if there are any."""
     name = settings.text("dataset")
-    kind, source = settings.text("source_type").lower(), settings.text("source", name)
-    folder = root / "data_patches" / (name if kind == "granary" else source)
+    granary = settings.dataset.get("source_type", "").lower() == "granary"
+    source = name if granary else settings.dataset.get("source") or name
+    folder = root / "data_patches" / source
     if not folder.is_dir():
-        lines.append(f"{settings.label('source')} = {source}: no folder {_shown(folder)}, so there are no patches")
+        section = f"{settings.path} [dataset:{name}]"
+        lines.append(f"{section} source = {source}: no folder {_shown(folder)}, so there are no patches")
         return None
     return Patches.read(folder, settings.text("text_column", "text"))
 

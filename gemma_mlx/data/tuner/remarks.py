@@ -36,6 +36,8 @@ REASONS: dict[str, str] = {
     "save_total_limit": f"{_UNREAD}, which keeps all checkpoints; here keep",
     "seed": f"{_UNREAD}; here seed",
     "skip_audio_validation": _PREPARED,
+    "source": f"{_UNREAD} in this section; the data set's decides",
+    "source_type": f"{_UNREAD} in this section; the data set's decides",
     "streaming_enabled": "refused there for training when true; here rows are always read as they are needed",
     "torch_compile": "steps are compiled here without an option",
     "use_peft": f"{_UNREAD}, which takes LoRA",
@@ -52,6 +54,7 @@ _SILENT = {
     ("load_validation", "true"), ("id_column", "id"),
 }  # fmt: skip
 """What says nothing but the usual."""
+_OF_DATASET = ("source", "source_type")
 
 
 def remarks(settings: Settings) -> Iterator[str]:
@@ -63,7 +66,8 @@ def remarks(settings: Settings) -> Iterator[str]:
         )
     for key, (value, _) in sorted(settings.values.items()):
         value = value.strip()
-        if key in settings.asked or not value or (key, value.lower()) in _SILENT:
+        known = key in settings.asked or settings.dataset.get(key) == value and key in _OF_DATASET
+        if known or not value or (key, value.lower()) in _SILENT:
             continue
         if key in ("train_split", "validation_split"):
             reason = f"{_UNREAD}, which reads train.csv and validation.csv; so does this"

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.sources.table import Row
-from gemma_mlx.data.tuner.layout import PatchedTable
+from gemma_mlx.data.tuner.layout import PatchedTable, learnt_column, patching
 from gemma_mlx.data.tuner.patches import Patches, normal_id
 from gemma_mlx.errors import InputError, SourceError
 
@@ -260,7 +260,38 @@ def test_stretches_shrink_with_their_rows_and_empty_ones_go(tmp_path):
     assert [patched[i].values["id"] for i in range(5)] == [0, 2, 3, 7, 8]
     with pytest.raises(IndexError):
         patched[5]
-    assert PatchedTable(Groups([4, 3, 3])).units == [4, 3, 3]
+    assert PatchedTable(Groups([4, 3, 3])).units == [4, 3, 3] and not hasattr(patched, "unit_bytes")
+    table = Groups([4, 3, 3])
+    table.unit_bytes = [40, 30, 33]
+    assert PatchedTable(table, patches).unit_bytes == [40, 33] and PatchedTable(table).unit_bytes == [40, 30, 33]
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "learnt"),
+    [
+        (("id", "text"), {}, "text"), (("caption", "text", "answer"), {}, "answer"),
+        (("caption", "text", "answer"), {"answer": "", "caption": ""}, "text"),
+        (("said", "text"), {"text": "said"}, "said"), (("said", "text"), {"response": "said"}, "said"),
+        (("text", "said"), {"caption": "text", "text": "said"}, "text"), (("messages",), {}, "text"),
+    ],
+)  # fmt: skip
+def test_which_column_is_learnt(columns, mapping, learnt):
+    assert learnt_column(columns, mapping) == learnt
+
+
+def test_patches_are_put_on_tables_by_their_columns(tmp_path):
+    table, folder = project(tmp_path, override_text_perfect=[["2", "new"]], delete=[["1"]])
+    put = patching(folder, "override:fi")
+    row = put(table, {"text": "text_perfect"})[0]
+    assert row.values == {"id": "2", "text_perfect": "new", "text": "t2", "language": "Finnish"}
+    assert put(table, {"language": ""})[0].values == {"id": "2", "text_perfect": "new", "text": "new"}
+    assert put(table, {"language": "text_perfect"})[1].values == {"id": "3", "text_perfect": "Finnish", "text": "t3"}
+    other = CsvTable(write(tmp_path / "other.csv", ["note", "said", "id"], [["1", "a", "2"], ["02", "b", "1"]]))
+    (only,) = [put(other, {"id": "note", "text": "said"})[0]]
+    assert only.values == {"note": "02", "said": "new", "id": "1", "language": "Finnish"}
+    assert patching(None, None)(table, {}) is table
+    with pytest.raises(InputError, match="language_mode: expected"):
+        patching(None, "french")
 
 
 def test_a_row_that_cannot_be_read_stays_and_says_so_but_a_source_that_fails_is_no_row(tmp_path):

@@ -6,18 +6,14 @@ import random
 import pytest
 import yaml
 
-from gemma_mlx.config import FIELDS, TrainConfig, configure, convert
+from gemma_mlx.config import FIELDS, configure, read_yaml
 from gemma_mlx.data.examples import DESCRIBE, TRANSCRIBE, TRANSCRIBE_IN, Audio, Image, Prompts, RowReader, Text
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.tuner.ini import read_settings
-from gemma_mlx.data.tuner.layout import PatchedTable, audio_column, find_dataset
-from gemma_mlx.data.tuner.patches import Patches
+from gemma_mlx.data.tuner.layout import audio_column, find_dataset, patching
 from gemma_mlx.data.tuner.profile import SEEN_AND_HEARD, read_profile, to_yaml
 from gemma_mlx.errors import InputError
-
-LATER = {"patches", "language_mode"}
-"""Options of the rows, which TrainConfig may not have yet."""
 
 COMMON = """
 [DEFAULT]
@@ -111,11 +107,10 @@ def test_the_yaml_is_read_back_to_the_same_options(project, tmp_path):
     text = to_yaml(options, [*lines, "two\nlines: of a note"])
     assert yaml.safe_load(text) == options
     assert all(line.startswith("# ") for line in text.splitlines()[: len(lines) + 1])
-    known = {name: value for name, value in options.items() if name in FIELDS}
-    assert set(options) - set(known) <= LATER
-    assert isinstance(configure(known), TrainConfig)
-    order = [name for name in options if name in FIELDS]
-    assert order == [name for name in FIELDS if name in order]
+    assert list(options) == [name for name in FIELDS if name in options]
+    (tmp_path / "run.yaml").write_text(text)
+    config = configure(read_yaml(tmp_path / "run.yaml"))
+    assert {name: getattr(config, name) for name in options} == options
 
 
 PROFILE = """
@@ -194,10 +189,10 @@ def test_the_profile_is_layered_as_there_whatever_the_sections_say(tmp_path):
         assert sorted((n, k) for n, k, _ in settings.lost) == sorted(lost)
 
 
-def read_rows(options, ini):
+def read_rows(options):
     """Rows of the training data as a run reads them with these options."""
-    patches = Patches.read(options["patches"], "text_perfect") if "patches" in options else None
-    table = PatchedTable(CsvTable(options["data"]), patches, options.get("language_mode"))
+    put = patching(options.get("patches"), options.get("language_mode"))
+    table = put(CsvTable(options["data"]), options["columns"])
     folders = Folders(table.base, options.get("media_root", ()))
     prompts = Prompts(options.get("audio_prompt"))
     reader = RowReader(table.columns, folders, table.name, options["columns"], prompts)
@@ -226,7 +221,7 @@ def test_rows_with_patches_are_read_from_the_working_directory(project, tmp_path
     options, lines = read_profile(ini, "plain")
     assert options["patches"] == "data_patches/clinic" and options["eval_every"] == 5  # 9 rows by 2
     assert any("1 of 10 rows left out, 1 kept by do_not_blacklist" in line for line in lines)
-    rows = read_rows(options, ini)
+    rows = read_rows(options)
     assert [row.row_id for row in rows] == ["1", *map(str, range(3, 11))]
     german = TRANSCRIBE_IN.replace("{language}", "German")
     assert parts(rows[0]) == [[german, (Audio, "1.m4a")], ["corrected"]] and rows[0].task == "transcript"
@@ -269,15 +264,22 @@ ODD_ROW = ["7", "p?", "q?", "an answer", "a text", "a caption", "a.png", "b.png"
         ("modality = audio\ntext_column = caption", [[TRANSCRIBE, (Audio, "a.wav")], ["a caption"]], False),
     ],
 )  # fmt: skip
-def test_each_modality_reads_its_columns_and_no_others(project, tmp_path, keys, turns, completion):
+@pytest.mark.parametrize("patched", [False, True])
+def test_each_modality_reads_its_columns_and_no_others(project, tmp_path, keys, turns, completion, patched):
     ini = project(f"[profile:odd]\nmodel = small\ndataset = notes\n{keys}\n", header=ODD, rows=[ODD_ROW])
     for name in ("a.png", "b.png", "a.wav", "b.wav"):
         (tmp_path / "data" / "datasets" / "notes" / name).write_bytes(b"x")
+    if patched:  # whatever the column that the model learns is called, it gets the text
+        (tmp_path / "data_patches" / "clinic" / "override_text_verbatim").mkdir(parents=True)
+        (tmp_path / "data_patches" / "clinic" / "override_text_verbatim" / "a.csv").write_text(
+            "id,text_verbatim\n7,new\n"
+        )
+        turns = [*turns[:-1], ["new"]]
     options, _ = read_profile(ini, "odd")
-    (row,) = read_rows(options, ini)
+    (row,) = read_rows(options)
     assert parts(row) == turns and row.completion == completion and row.row_id == "7"
     assert (row.task == "transcript") == ("modality = audio\n" in keys)
-    configure({name: value for name, value in options.items() if name in FIELDS})
+    configure(options)
 
 
 def test_only_pictures_get_a_budget_of_tokens_and_gemma_3n_none(project):
@@ -433,7 +435,32 @@ def test_unreadable_files(tmp_path):
         read_profile(tmp_path / "config.ini", "p")
 
 
-def test_every_option_is_one_of_the_runs(project):
-    options, _ = read_profile(project(PROFILE), "tuned")
-    for name in set(options) - LATER:
-        assert convert(FIELDS[name], options[name], name) == options[name]
+def test_whose_patches(project, tmp_path):
+    for name in ("notes", "clinic", "other"):
+        (tmp_path / "data_patches" / name / "delete").mkdir(parents=True)
+    ini = project("source = other\n")
+    options, lines = read_profile(ini, "plain")
+    assert options["patches"] == "data_patches/clinic"
+    assert any("[profile:plain] source = other: had no effect on training there in this section" in s for s in lines)
+    ini.write_text(ini.read_text().replace("source = clinic", "source = clinic\nsource_type = Granary"))
+    assert read_profile(ini, "plain")[0]["patches"] == "data_patches/notes"
+    ini.write_text(COMMON.replace("source = clinic\n", ""))
+    assert read_profile(ini, "plain")[0]["patches"] == "data_patches/notes"
+
+
+@pytest.mark.parametrize(("steps", "given"), [("", None), ("0", None), ("-1", None), ("25", 25)])
+def test_steps_instead_of_epochs(project, steps, given):
+    assert read_profile(project(f"max_steps = {steps}\n"), "plain")[0].get("steps") == given
+
+
+def test_default_sections_may_stand_twice(project):
+    ini = project("[DEFAULT]\nlogging_steps = 7\n")
+    assert read_profile(ini, "plain")[0]["log_every"] == 7
+
+
+def test_a_limit_of_tokens_acts_on_text_alone(project):
+    text = "model = small\ndataset = notes\nmodality = text\nprompt_column = prompt\ntext_column = text\n"
+    said = "max_seq_length = 512\n"
+    ini = project(f"{said}[profile:told]\n{text}{said}", header=[*ODD, "text_perfect"], rows=[[*ODD_ROW, "x"]])
+    assert any("max_seq_length = 512: cut there long prompts" in line for line in read_profile(ini, "told")[1])
+    assert any("max_seq_length = 512: had no effect on training" in line for line in read_profile(ini, "plain")[1])
