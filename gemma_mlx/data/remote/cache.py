@@ -29,6 +29,8 @@ from gemma_mlx.files import cache_folder
 LIMIT_BYTES = 20 << 30
 PART = 8 << 20
 """Bytes that are hashed together: a checksum is the sha256 of the parts' sha256s, so parts may come in any order."""
+_REMEMBERED = 1 << 19
+"""Entries that a process remembers having checked; then it begins anew, so that its memory stays flat."""
 _POLL_S = 0.01
 _READ = 1 << 20
 _CONTENT = re.compile(r"[0-9a-f]{2}")
@@ -175,8 +177,13 @@ class Cache:
                 return False
         if found != entry.checksum:
             return False
-        self._checked.add(entry.id)
+        self._remember(entry.id)
         return True
+
+    def _remember(self, id: int) -> None:
+        if len(self._checked) >= _REMEMBERED:
+            self._checked.clear()
+        self._checked.add(id)
 
     # Writing.
 
@@ -225,7 +232,7 @@ class Cache:
         with self.index.writing():
             # Killed between the two: a reservation without a part, which is stale; its file goes with it.
             os.replace(self._part(key), self._path(key))
-            self._checked.add(self.index.publish(key, size, checksum))
+            self._remember(self.index.publish(key, size, checksum))
             fcntl.flock(handle, fcntl.LOCK_SH)
 
     def _remove(self, key: bytes) -> bool:
@@ -290,6 +297,11 @@ class Holder:
         key = _key(url, version)
         with self._cache.index.writing():
             return self._cache._path(key) if self._cache.index.hold(self._owner, key) else None
+
+    def release(self, url: str, version: str) -> None:
+        """Lets one entry go."""
+        with self._cache.index.writing():
+            self._cache.index.release(self._owner, _key(url, version))
 
     def close(self) -> None:
         """Lets all go."""

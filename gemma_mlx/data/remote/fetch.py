@@ -149,7 +149,7 @@ class Fetcher:
         return self._fetch(url, pin, first)
 
     def file(self, url: str) -> Path:
-        """The path of a whole object, which stays until `close`; for manifests and shards.
+        """The path of a whole object, which stays until `release` or `close`; for manifests and shards.
 
         Raises:
             InputError: it finds no room in the cache; and as for `open`.
@@ -166,6 +166,12 @@ class Fetcher:
             f"{redacted(url)}: {size} no room in the cache {self.cache.folder}, which may take "
             f"{self.cache.limit_bytes:,} bytes and is in use; raise its limit"
         )
+
+    def release(self, url: str) -> None:
+        """Ends the stay of a `file`, for shards that are read one after the other."""
+        url = _checked(url)
+        if pin := self.cache.pinned(self._run, url):
+            self._holder.release(url, pin.version)
 
     def list(self, pattern: str) -> list[str]:
         """The URLs that a pattern stands for, in order: braces first (see `expanded`), then, in Cloud Storage, ``*``,
@@ -193,8 +199,10 @@ class Fetcher:
         What is prefetched lies in the cache until it is opened, so the cache should have room for it; what does not fit
         is fetched when it is opened. An error is kept for whoever opens the blob.
         """
-        if not isinstance(blob, RemoteBlob) or blob.fetcher is not self or self._closed.is_set():
+        if not isinstance(blob, RemoteBlob) or self._closed.is_set():
             return
+        if blob.fetcher is not self:
+            return blob.fetcher.prefetch(blob)
         with self._lock:
             if blob.url in self._ahead:
                 return

@@ -243,8 +243,9 @@ class Index:
     def holders(self) -> list[str]:
         return [owner for (owner,) in self._all("SELECT DISTINCT owner FROM holds")]
 
-    def release(self, owner: str) -> None:
-        self._db.execute("DELETE FROM holds WHERE owner = ?", (owner,))
+    def release(self, owner: str, key: bytes | None = None) -> None:
+        """Ends one hold, or all."""
+        self._db.execute("DELETE FROM holds WHERE owner = ? AND key = coalesce(?, key)", (owner, key))
 
     # Pins.
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import soundfile
+from servers import Fault, FileServer
 
 from gemma_mlx.data.blob import Blob, Embedded
 from gemma_mlx.data.remote import fetch, stores
@@ -21,7 +22,6 @@ from gemma_mlx.data.remote.patterns import MAX_NAMES, expanded
 from gemma_mlx.data.remote.retry import RetryPolicy
 from gemma_mlx.data.remote.stores import Stat
 from gemma_mlx.errors import InputError, SourceError
-from tests.data.remote.servers import FakeGcs, Fault, FaultProxy, FileServer
 
 CHUNK = 1000
 
@@ -319,6 +319,9 @@ def test_prefetched_object_is_downloaded_once(fetcher_of):
     for blob in blobs + blobs:
         fetcher.prefetch(blob)
     fetcher.prefetch(Embedded("a", b"x"))  # has nothing to fetch
+    other = fetcher_of(store)
+    other.prefetch(blobs[0])  # is its own fetcher's
+    assert not other._ahead
     got = {}
 
     def work(some):
@@ -521,6 +524,17 @@ def test_file_stays_until_close(store, fetcher_of):
     assert not path.exists()
 
 
+def test_released_file_may_go(store, fetcher_of):
+    fetcher = fetcher_of(store, limit=6000)
+    shards = [store.put(f"gs://b/{i}.tar", content(f"gs://b/{i}.tar")) for i in range(4)]
+    for url in shards:  # as many as there are, with room for one
+        assert fetcher.file(url).read_bytes() == store.objects[url][1]
+        fetcher.release(url)
+    fetcher.file(shards[0])
+    with pytest.raises(InputError, match="no room"):
+        fetcher.file(shards[1])
+
+
 @pytest.mark.parametrize("sizes", [True, False])
 def test_file_that_finds_no_room(fetcher_of, sizes):
     store = Memory(sizes)
@@ -585,53 +599,43 @@ def test_braces_that_are_refused(pattern):
 # Real servers.
 
 
-@pytest.fixture(scope="module")
-def gcs():
-    with FakeGcs() as server, FaultProxy(server.address) as proxy:
-        yield server, proxy
-
-
-def quick(url, allowed_hosts):
+def impatient(url, allowed_hosts):
     return stores.store_of(url, allowed_hosts, RetryPolicy(first_wait=0.01, total=20))
 
 
-def test_epochs_over_cloud_storage(gcs, fetcher_of, monkeypatch):
-    server, proxy = gcs
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+def test_epochs_over_cloud_storage(gcs_server, gcs, fetcher_of):
     data = {f"gs://epochs/m/{i}.bin": content(str(i), 20_000 + i) for i in range(12)}
     for url, item in data.items():
-        server.upload("epochs", url.removeprefix("gs://epochs/"), item)
-    fetcher = fetcher_of(quick, run="r")
+        gcs_server.upload("epochs", url.removeprefix("gs://epochs/"), item)
+    fetcher = fetcher_of(impatient, run="r")
     urls = fetcher.list("gs://epochs/m/*.bin")
     assert urls == sorted(data)
-    proxy.inject(Fault("status", media=True, times=2), Fault("reset", media=True, after=5000), Fault("status", times=1))
+    gcs.inject(Fault("status", media=True, times=2), Fault("reset", media=True, after=5000), Fault("status", times=1))
     for url in urls:
         fetcher.prefetch(fetcher.blob(url))
-    assert {url: opened(fetcher, url) for url in urls} == data and not proxy.pending()
-    assert proxy.media_bytes() >= sum(map(len, data.values()))
-    proxy.forget()
-    again = fetcher_of(quick, run="r")
+    assert {url: opened(fetcher, url) for url in urls} == data and not gcs.pending()
+    assert gcs.media_bytes() >= sum(map(len, data.values()))
+    gcs.forget()
+    again = fetcher_of(impatient, run="r")
     assert {url: opened(again, url) for url in urls} == data == {url: opened(fetcher, url) for url in urls}
-    assert proxy.asked == []
-    server.upload("epochs", "m/3.bin", b"another")
-    new = fetcher_of(quick, run="new")
+    assert gcs.asked == []
+    gcs_server.upload("epochs", "m/3.bin", b"another")
+    new = fetcher_of(impatient, run="new")
     assert opened(new, "gs://epochs/m/3.bin") == b"another"
     assert opened(new, "gs://epochs/m/4.bin") == data["gs://epochs/m/4.bin"]
-    assert proxy.media_bytes() == 7
+    assert gcs.media_bytes() == 7
     evict(fetcher, "gs://epochs/m/3.bin")
     with pytest.raises(SourceError, match=r"gs://epochs/m/3\.bin"):
         opened(fetcher, "gs://epochs/m/3.bin")
 
 
-def test_large_object_of_cloud_storage(gcs, fetcher_of, monkeypatch):
-    server, proxy = gcs
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+def test_large_object_of_cloud_storage(gcs_server, gcs, fetcher_of, monkeypatch):
     monkeypatch.setattr(fetch, "RANGED_BYTES", PART)
     data = np.random.default_rng(1).bytes(2 * PART + 99)
-    server.upload("large", "x.tar", data)
-    proxy.inject(Fault("reset", "x.tar", media=True, after=3_000_000))
-    path = fetcher_of(quick, limit=1 << 26).file("gs://large/x.tar")
-    assert path.read_bytes() == data and not proxy.pending()
+    gcs_server.upload("large", "x.tar", data)
+    gcs.inject(Fault("reset", "x.tar", media=True, after=3_000_000))
+    path = fetcher_of(impatient, limit=1 << 26).file("gs://large/x.tar")
+    assert path.read_bytes() == data and not gcs.pending()
 
 
 @pytest.mark.parametrize("options", [{}, {"no_etag": True}, {"no_lengths": True}, {"no_etag": True, "no_dates": True}])
@@ -642,14 +646,14 @@ def test_epochs_over_http(tmp_path, fetcher_of, options):
         (served / f"{i}.bin").write_bytes(content(str(i), 3000 + i))
     with FileServer(served, **options) as server:
         urls = [f"{server.url}/{i}.bin" for i in range(5)]
-        fetcher = fetcher_of(quick, run="r", allowed_hosts=[host_of(server.url)])
+        fetcher = fetcher_of(impatient, run="r", allowed_hosts=[host_of(server.url)])
         assert [opened(fetcher, url) for url in urls] == [content(str(i), 3000 + i) for i in range(5)]
         server.forget()
-        again = fetcher_of(quick, run="r", allowed_hosts=[host_of(server.url)])
+        again = fetcher_of(impatient, run="r", allowed_hosts=[host_of(server.url)])
         assert [opened(again, url) for url in urls] == [content(str(i), 3000 + i) for i in range(5)]
         assert server.asked == []
         with pytest.raises(InputError, match="private"):
-            opened(fetcher_of(quick), urls[0])
+            opened(fetcher_of(impatient), urls[0])
         with pytest.raises(InputError, match="no such object"):
             opened(fetcher, f"{server.url}/none.bin")
 
