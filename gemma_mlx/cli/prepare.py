@@ -21,7 +21,7 @@ from gemma_mlx.errors import InputError
 @click.option("--manifest", type=click.Choice(["nemo"]), help="DATA is a NeMo manifest (found out by its keys too).")
 @click.option("--headers-only", is_flag=True, help="Read media's headers alone: fast, but misses damaged files.")
 @click.option(
-    "--write", type=click.Choice(["parquet", "jsonl", "csv"]), help="Write rows and media; default: as they came."
+    "--write", type=click.Choice(["parquet", "jsonl", "csv"]), help="Write rows and media; default: like DATA."
 )
 @click.option("--convert", type=click.Choice(["flac"]), help="Clips as 16 kHz mono FLAC, HEIC as PNG.")
 @click.option("--embed", is_flag=True, help="Media inside the Parquet file, as Hugging Face datasets have them.")
@@ -72,7 +72,11 @@ def _prepare(data: str, out: Path, options: dict[str, Any]) -> int:
             part: open_rows(name, roots, fetcher=fetcher, split=options[f"{part}_split"], **reading)
             for part, name in zip(("train", "valid"), named, strict=False)
         }
-        report, shown = prepare(tables, plan, place, Reporter())
+        try:
+            report, shown = prepare(tables, plan, place, Reporter())
+        finally:
+            if kept := place.kept():
+                click.echo(f"{kept} downloaded files are kept for the same command: {place.downloads}", err=True)
     for line in (*shown, *reports.lines(report)):
         click.echo(line)
     bad = report["train"]["bad"] + report.get("valid", {}).get("bad", 0)

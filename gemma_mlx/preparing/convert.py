@@ -138,4 +138,5 @@ def _stem(medium: Medium) -> tuple[str, str]:
         suffix = medium.suffix
         stem = medium.name.rsplit("/", 1)[-1]
         stem = stem[: -len(suffix)] if suffix and stem.lower().endswith(suffix) else stem
+    stem = re.sub(r"-[0-9a-f]{16}$", "", stem)  # what was prepared before
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")[:60] or "medium", re.sub(r"[^.a-z0-9]", "", suffix)

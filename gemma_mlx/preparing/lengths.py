@@ -21,7 +21,7 @@ TokenCount = Callable[[Example, list[Seen]], int]
 
 
 def estimated(image_tokens: int | None = None) -> TokenCount:
-    """A length from characters and media, where there is no tokenizer: within about a third for European text."""
+    """A rough length from characters and media, where there is no tokenizer."""
 
     def count(example: Example, media: list[Seen]) -> int:
         texts = [p.text for turn in example.turns for p in turn.parts if isinstance(p, Text)]

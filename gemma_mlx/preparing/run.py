@@ -145,6 +145,8 @@ def _checked(
         tally.add(row)
         if row.reason:
             bad.add(row)
+            if not options.skip_bad:
+                check.placer = None  # nothing will be written
         progress(len(tally), len(rows))
     return tally
 
@@ -240,6 +242,10 @@ class _Output:
         contents = self._tally.content(index)
         new = {}
         for (address, kind, cell, medium), content in zip(source.media(row), contents, strict=True):
+            if self._embed and len(address) > 2:
+                raise InputError(
+                    f"{row.where}: {address[0]}: media inside messages are not embedded; leave --embed out"
+                )
             if self._placer.takes(cell, medium):
                 name = self._placer.name(medium, kind, content)
                 new[address] = self._held(name, with_bytes) if self._embed else name

@@ -57,7 +57,7 @@ def _json(value: Any, name: str, where: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as e:
         column = f"{name}: " if name else ""
-        raise InputError(f"{where}: {column}cannot be written as JSON ({e}); use --write parquet") from None
+        raise InputError(f"{where}: {column}cannot be written as JSON ({e}); leave the column out") from None
 
 
 def write_parquet(path: Path, columns: list[str], rows: MakeRows, embedded: dict[str, dict[str, Any]]) -> int:
@@ -82,14 +82,14 @@ def write_parquet(path: Path, columns: list[str], rows: MakeRows, embedded: dict
     loose = [name for name in columns if name not in embedded]
     for group in _groups(rows(False)):
         for name in loose:
-            types[name] = _joined(types[name], [_plain(values.get(name)) for values, _ in group])
+            types[name] = _joined(types[name], [values.get(name) for values, _ in group])
     types = {name: pa.string() if pa.types.is_null(kind) else kind for name, kind in types.items()}
     features = json.dumps({"info": {"features": embedded}}) if embedded else ""
     schema = pa.schema(list(types.items()), {"huggingface": features} if features else None)
     count = 0
     with pq.ParquetWriter(path, schema) as out:
         for group in _groups(rows(True)):
-            arrays = [_array([_plain(values.get(name)) for values, _ in group], types[name]) for name in columns]
+            arrays = [_array(name, group, types[name]) for name in columns]
             out.write_table(pa.Table.from_arrays(arrays, schema=schema))
             count += len(group)
     return count
@@ -111,19 +111,6 @@ def _groups(rows: Iterable[tuple[Values, str]]) -> Iterator[list[tuple[Values, s
         yield group
 
 
-def _plain(value: Any) -> Any:
-    """Turns of a conversation whose content is text get one part of text, so that all have one type."""
-    if isinstance(value, list):
-        return [_turn(item) if isinstance(item, dict) else item for item in value]
-    return value
-
-
-def _turn(item: Values) -> Values:
-    if isinstance(item.get("content"), str) and "role" in item:
-        return {**item, "content": [{"type": "text", "text": item["content"]}]}
-    return item
-
-
 def _joined(known: Any, values: list[Any]) -> Any:
     """A type that holds what `known` does and these values too; text where there is no other."""
     import pyarrow as pa
@@ -136,18 +123,19 @@ def _joined(known: Any, values: list[Any]) -> Any:
         return pa.string()
 
 
-def _array(values: list[Any], kind: Any) -> Any:
+def _array(name: str, group: list[tuple[Values, str]], kind: Any) -> Any:
+    """A column of a row group; where no one type holds its values, they are JSON text, which our readers understand."""
     import pyarrow as pa
 
+    values = [values.get(name) for values, _ in group]
     if pa.types.is_string(kind):
-        values = [v if v is None or isinstance(v, str) else _text(v) for v in values]
-    elif not pa.types.is_binary(kind):
+        return pa.array(
+            [_cell(v, name, where) if v is not None else None for v, (_, where) in zip(values, group, strict=True)],
+            kind,
+        )
+    if not pa.types.is_binary(kind):
         values = [None if v == "" else v for v in values]
     return pa.array(values, kind)
-
-
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False)
 
 
 def write_rows(path: Path, columns: list[str], rows: MakeRows, embedded: dict[str, dict[str, Any]]) -> int:
