@@ -167,9 +167,12 @@ def test_refuses_damaged_folders(saved, tmp_path):
         folder = copy(f"out{i}", lambda f, text=text: (f / "state.json").write_text(text))
         with pytest.raises(InputError, match="names files outside" if i < 2 else "state.json is damaged"):
             HuggingFaceTable(folder)
-    made().select([]).save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(InputError, match="no rows"):
-        HuggingFaceTable(tmp_path / "empty")
+
+
+def test_refuses_splits_without_rows(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made().select([]))
+    with pytest.raises(InputError, match=r"^owner/name: no rows; choose another split"):
+        HuggingFaceTable("owner/name")
 
 
 def test_says_what_to_install(monkeypatch):
