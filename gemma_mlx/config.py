@@ -54,8 +54,12 @@ class TrainConfig:
     """The options of one run. Values are converted and checked on construction; a bad one raises InputError."""
 
     model: str | None = option(None, "text", "run", "Checkpoint: a folder, a GGUF file (Gemma 3) or a Hub id.")
-    data: str | None = option(None, "text", "run", "CSV of training rows.")
-    valid: str | None = option(None, "text", "run", "CSV of validation rows; without it the last adapter is kept.")
+    data: str | None = option(
+        None, "text", "run",
+        "Training rows: a CSV, TSV, JSONL, Parquet, tar or text file, a folder, a pattern, an https, gs, hf or bq URL, "
+        "or a mixture (mix.yaml).",
+    )  # fmt: skip
+    valid: str | None = option(None, "text", "run", "Validation rows, alike; without them the last adapter is kept.")
     out: str | None = option(None, "text", "run", "Run folder; must not hold a run yet, unless --resume is given.")
     resume: bool = option(
         False, "flag", "run", "Go on from the newest whole checkpoint in --out; other options come from that run."
@@ -82,6 +86,48 @@ class TrainConfig:
         choices=("error", "truncate"),
     )  # fmt: skip
     train_on: str = option("all", "text", "data", "Model turns that count in the loss.", choices=("all", "last"))
+    text_rows: str = option(
+        "line", "text", "data", "What is a row of a .txt file.", choices=("line", "paragraph", "document")
+    )
+    patches: str | None = option(
+        None, "text", "data",
+        "Folder of corrections by id: override_text_perfect, override_text_verbatim, do_not_blacklist, delete.",
+    )  # fmt: skip
+    language_mode: str | None = option(
+        None, "text", "data", "Languages of rows: strict, mixed or override:XX (docs/data.md); default: as given."
+    )
+    allow_host: list[str] = option(  # noqa: RUF009
+        None, "list", "data",
+        "A host that rows' URLs may name although its address is private; hosts in --data, --valid and --media-root "
+        "may be; repeatable.",
+    )  # fmt: skip
+    media_cache_gb: float = option(
+        20.0, "float", "data", "Most gigabytes of remote media kept on disk, the longest unused go first.",
+        low=0.0, resumable=True,
+    )  # fmt: skip
+    media_cache_dir: str | None = option(
+        None, "text", "data", "Their folder; default: gemma_mlx/media in the user's cache folder.", resumable=True
+    )
+
+    train_split: str = option("train", "text", "reading", "Split of --data, where it has several.")
+    valid_split: str = option("validation", "text", "reading", "Split of --valid, where it has several.")
+    check: str = option(
+        "auto", "text", "reading",
+        "Rows whose text and media headers are read before the first step: all, some (a sample; the others when their "
+        "turn comes), or all of up to 20,000 rows on this machine and some of others (auto).",
+        choices=("auto", "all", "some"),
+    )  # fmt: skip
+    on_bad_row: str = option(
+        "stop", "text", "reading", "Bad rows: stop, or skip them and list them in bad_rows.csv; the others stay where "
+        "they are.", choices=("stop", "skip"),
+    )  # fmt: skip
+    max_bad_rows: float = option(
+        0.05, "float", "reading", "Stop when more than this part of the rows is bad.", low=0.0, high=1.0, resumable=True
+    )
+    workers: int = option(2, "int", "reading", "Threads that make batches.", low=1, high=256, resumable=True)
+    read_ahead_mb: float = option(
+        1024.0, "float", "reading", "Most megabytes of batches made ahead.", low=0.0, resumable=True
+    )
 
     dtype: str | None = option(
         None,

@@ -16,7 +16,7 @@ from gemma_mlx.batch import Batch
 from gemma_mlx.config import NO_MASTERS, TrainConfig
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.buckets import LONGEST, MEDIA, MOST, MOST_VALID, SOFT, TOKENS, of_batch, of_row
-from gemma_mlx.data.dataset import Dataset
+from gemma_mlx.data.dataset import Dataset, Survey
 from gemma_mlx.data.order import Plan
 from gemma_mlx.data.packing import joined
 from gemma_mlx.errors import InputError
@@ -26,6 +26,7 @@ from gemma_mlx.models.media import MEDIA as KINDS
 from gemma_mlx.optimizers import OPTIMIZERS
 from gemma_mlx.preparation import (
     PAD_MULTIPLE,
+    Planner,
     buckets_of,
     in_order,
     lanes_of,
@@ -41,6 +42,8 @@ Changes = dict[str, Any]
 """Option name -> new value."""
 Estimator = Callable[[TrainConfig], Estimate]
 SUGGESTIONS = 3
+MOST_SOFT = 1 << 40
+"""Soft tokens that no memory holds: those of rows that nobody has counted."""
 MOST_LOOKED_AT = 20_000
 """Batches among which the heaviest is sought."""
 FEWER_IMAGE_TOKENS = 70
@@ -145,7 +148,7 @@ def fitted(
         if config.resume:
             needed, changed = needs(config), {}
         else:
-            config, needed, changed = fit(config, needs, room, bool(rows.sizes[:, SOFT][:, 0].any()))
+            config, needed, changed = fit(config, needs, room, bool(rows.seen.sizes[:, SOFT][:, 0].any()))
     except InputError:
         raise
     except ValueError as error:  # an operation that MLX cannot show
@@ -161,11 +164,11 @@ def estimate_run(model: Any, given: bool, rows: Dataset, valid: Dataset | None, 
     """The estimate of a run's largest batch, for a lazy model whose weights stay unread."""
     bare = skeleton_of(model, None if given else config.quantize)
     make_trainable(bare, config)
-    weight, plan = media_weights(bare), plan_of(config, rows)
-    batches = int(total_steps(config, plan) * config.accumulate)
+    weight = media_weights(bare)
+    batches = int(total_steps(config, plan_of(config, rows)) * config.accumulate)
     return estimate(
         bare,
-        heaviest_batch(rows, plan, config, weight, batches),
+        heaviest_batch(rows.seen, plan_of(config, rows.seen), config, weight, batches),
         recompute=config.checkpoint_layers,
         pick_labels=config.label_positions == "auto",
         clip=config.clip,
@@ -174,7 +177,7 @@ def estimate_run(model: Any, given: bool, rows: Dataset, valid: Dataset | None, 
         optimizer=OPTIMIZERS[config.optimizer],
         masters=config.master_weights != NO_MASTERS,
         kept=kept_outputs(config, rows),
-        buckets=shapes_of(config, rows, plan),
+        buckets=shapes_of(config, rows, plan_of),
         **valid_batch(config, valid, weight),
     )
 
@@ -183,14 +186,13 @@ def valid_batch(config: TrainConfig, valid: Dataset | None, weight: dict[str, fl
     """What ``estimate`` is told of validation."""
     if valid is None:
         return {}
-    plan = in_order(config, valid)
     return {
-        "valid": heaviest_batch(valid, plan, config, weight),
-        "valid_buckets": shapes_of(config, valid, plan, MOST_VALID),
+        "valid": heaviest_batch(valid.seen, in_order(config, valid.seen), config, weight),
+        "valid_buckets": shapes_of(config, valid, in_order, MOST_VALID),
     }
 
 
-def shapes_of(config: TrainConfig, rows: Dataset, plan: Plan, most: int = MOST) -> ChooseBuckets | None:
+def shapes_of(config: TrainConfig, rows: Dataset, plan: Planner, most: int = MOST) -> ChooseBuckets | None:
     """What chooses a compiled step's buckets; None where steps are not compiled."""
     return partial(buckets_of, config=config, rows=rows, plan=plan, most=most) if should_compile() else None
 
@@ -200,11 +202,14 @@ def kept_outputs(config: TrainConfig, rows: Dataset) -> Kept:
     if config.tower_cache != "memory":
         return Kept()
     limit = None if config.tower_cache_gb is None else int(config.tower_cache_gb * 1e9)
-    return Kept(dict(zip(KINDS, map(int, rows.sizes[:, SOFT].sum(axis=0)), strict=True)), limit)
+    seen = rows.seen
+    times = MOST_SOFT if rows.examples.n is None else rows.examples.n / len(seen)
+    soft = (min(times * tokens, MOST_SOFT) for tokens in seen.sizes[:, SOFT].sum(axis=0).tolist())
+    return Kept(dict(zip(KINDS, map(int, soft), strict=True)), limit)
 
 
 def heaviest_batch(
-    rows: Dataset, plan: Plan, config: TrainConfig, weight: dict[str, float], most: int = MOST_LOOKED_AT
+    rows: Dataset | Survey, plan: Plan, config: TrainConfig, weight: dict[str, float], most: int = MOST_LOOKED_AT
 ) -> Batch:
     """Of a plan's first batches the one that takes most: positions, padding included, and media that are encoded.
 

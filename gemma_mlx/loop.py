@@ -6,11 +6,13 @@ the checkpoint, the rows and the adapter's targets have been checked.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-import hashlib
+import io
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from gemma_mlx.data.buckets import MOST_VALID
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.order import padding
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.errors import InputError
 from gemma_mlx.estimate import Estimate
 from gemma_mlx.files import flush, write_whole
@@ -39,6 +42,7 @@ from gemma_mlx.plots import plot_loss, read_metrics
 from gemma_mlx.preparation import (
     PAD_MULTIPLE,
     buckets_of,
+    fetcher_of,
     in_order,
     lanes_of,
     make_trainable,
@@ -53,6 +57,8 @@ from gemma_mlx.step import Step, Sums, add
 from gemma_mlx.tower_store import open_store
 
 METRICS = "metrics.jsonl"
+LEDGER = "rows.jsonl"
+BAD_ROWS = "bad_rows.csv"
 ADAPTER = "adapter"
 REPORT = "report.json"
 PLOT = "loss.png"
@@ -83,6 +89,7 @@ class Progress:
     best_step: int | None = None
     stale: int = 0
     metrics_bytes: int = 0
+    ledger_bytes: int = 0
     tokens: int = 0
     label_tokens: int = 0
     seconds: float = 0.0
@@ -140,7 +147,20 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
         model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
-    rows, valid = (open_rows(path, processor, config, say) for path in (config.data, config.valid))
+    fetcher = fetcher_of(config)
+    try:
+        return _run(config, folder, model, given, processor, fetcher, say)
+    finally:
+        fetcher.close()
+
+
+def _run(
+    config: TrainConfig, folder: Path, model: Any, given: bool, processor: Processor, fetcher: LazyFetcher,
+    say: Reporter,
+) -> Run:  # fmt: skip
+    """From the rows on."""
+    rows = open_rows(config.data, processor, config, say, fetcher, config.train_split)
+    valid = open_rows(config.valid, processor, config, say, fetcher, config.valid_split)
     config, needed, told = fitted(config, model, given, rows, valid)
     if config.quantize and not given:
         quantize_model(model, config.quantize)
@@ -150,7 +170,7 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     for line in told:
         say.say(line)
     say.say(
-        f"{len(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
+        f"{count_of(rows)} rows, {job.total} steps of {config.batch_size * config.accumulate}; {trained}, "
         f"{sum(w.size for w in job.weights.values()):,} weights; padding {job.padding:.0%}; {machine.describe()}"
     )
     try:
@@ -195,20 +215,23 @@ class Job:
         self.weights: Weights = trained_parameters(model, masters=config.master_weights != NO_MASTERS)
         self.moments = self.step.optimizer.init(self.weights)
         self.pad_id = processor.pad_id
-        plan = plan_of(config, rows)
+        self.rows, plan = rows, plan_of(config, rows)
         self.multiple = PAD_MULTIPLE[mx.default_device().type.name]
         if self.step.compiled:  # which pads to buckets from what is not padded yet
-            self.multiple, self.step.buckets = 1, buckets_of(self.step, config, rows, plan)
+            self.multiple, self.step.buckets = 1, buckets_of(self.step, config, rows, plan_of)
             if valid is not None:
-                self.step.valid_buckets = buckets_of(self.step, config, valid, in_order(config, valid), MOST_VALID)
+                self.step.valid_buckets = buckets_of(self.step, config, valid, in_order, MOST_VALID)
         self.batches = Batches(
             rows, config.batch_size, self.pad_id, seed=config.seed, pad_to_multiple=self.multiple, plan=plan,
-            finish=self.step.lay_out,
+            finish=self.step.lay_out, **reading_of(config),
         )  # fmt: skip
         self.total = total_steps(config, plan)
         own = self.step.buckets
-        self.padding = own.padding if own else padding(plan.batches(0), rows.lengths, self.multiple)
-        self.progress = Progress(files={name: digest(getattr(config, name)) for name in ("data", "valid")})
+        seen = rows.seen
+        self.padding = own.padding if own else padding(plan_of(config, seen).batches(0), seen.lengths, self.multiple)
+        files = {"data": rows.examples.fingerprint(), "valid": valid.examples.fingerprint() if valid else ""}
+        self.progress = Progress(files=files)
+        self.bad: set[str] = set()  # what is wrong with each
         self.saved = (0, 0)  # (step, step of the last validation) in the newest checkpoint
 
     @property
@@ -230,9 +253,9 @@ class Job:
         mx.eval(self.model.parameters(), self.weights)  # a compiled step would otherwise read them from disk each time
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / CONFIG_FILE, self.config.to_yaml().encode())
-        metrics = self.folder / METRICS
-        with metrics.open("ab") as f:
-            f.truncate(self.progress.metrics_bytes)
+        for name, size in ((METRICS, self.progress.metrics_bytes), (LEDGER, self.progress.ledger_bytes)):
+            with (self.folder / name).open("ab") as f:
+                f.truncate(size)
         self.step.install(self.weights)
         mx.reset_peak_memory()
         self.say.begin(self.progress.step, self.total)
@@ -257,6 +280,7 @@ class Job:
             kind: {name: snapshot.moments[kind][name] for name in group} for kind, group in self.moments.items()
         }
         self.saved = (snapshot.step, self.progress.evaluated)
+        self.bad = read_bad_rows(self.folder / BAD_ROWS)
         self.batches.seek(self.progress.data)
         self.say.say(f"resumed at step {snapshot.step}")
 
@@ -280,11 +304,12 @@ class Job:
     def _train_step(self) -> None:
         """Sum gradients over the accumulated batches, divide once by their labels, clip, update, log."""
         p, c, began, wait = self.progress, self.config, time.perf_counter(), 0.0
-        grads, sums = None, Sums()
+        grads, sums, row_ids = None, Sums(), []
         for micro in range(c.accumulate):
             asked = time.perf_counter()
             batch = next(self.batches)
             wait += time.perf_counter() - asked
+            row_ids += self.batches.row_ids
             more, part = self.step.gradients(self.weights, batch, dropout_key(c.seed, p.step, micro))
             grads = more if grads is None else add(grads, more)
             sums.add(part.loss, part.correct, part)
@@ -299,6 +324,7 @@ class Job:
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise InputError(f"step {p.step + 1}: loss or gradient is not finite; lower --lr, or resume with less")
         p.step, p.data = p.step + 1, self.batches.state()
+        self._account(row_ids)
         seconds = time.perf_counter() - began
         p.tokens, p.label_tokens, p.seconds = p.tokens + sums.tokens, p.label_tokens + sums.labels, p.seconds + seconds
         w = p.window
@@ -307,6 +333,15 @@ class Job:
         w.seconds, w.wait = w.seconds + seconds, w.wait + wait
         if p.step % c.log_every == 0 or p.step == self.total:
             self._log_window(lr, norm.item())
+
+    def _account(self, row_ids: list[str]) -> None:
+        """A line of the ledger, which rows the step was made of; and the list of bad rows, if there are more."""
+        p = self.progress
+        line = {"step": p.step, "epoch": p.data["epoch"], "position": p.data["position"], "rows": row_ids}
+        p.ledger_bytes += self._append(LEDGER, line)
+        if (more := [*self.rows.bad.values(), *self.batches.bad.values()]) and not self.bad.issuperset(more):
+            self.bad.update(more)
+            write_bad_rows(self.folder / BAD_ROWS, sorted(self.bad))
 
     def _log_window(self, lr: float, norm: float) -> None:
         p, w = self.progress, self.progress.window
@@ -330,17 +365,21 @@ class Job:
         self.say.step(record, self.total)
 
     def _write(self, record: dict[str, Any]) -> None:
+        self.progress.metrics_bytes += self._append(METRICS, record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> int:
+        """A line of JSON at the end of a file of the run; its bytes."""
         line = (json.dumps(record) + "\n").encode()
-        with (self.folder / METRICS).open("ab") as f:
-            f.write(line)
-        self.progress.metrics_bytes += len(line)
+        with (self.folder / name).open("ab") as f:
+            return f.write(line)
 
     def _validate(self, stop: StopRequest) -> None:
         """Loss and token accuracy on the validation rows; keeps the adapter if it is the best yet."""
         loss, correct, labels = 0.0, 0.0, 0
         with Batches(
-            self.valid, self.config.batch_size, self.pad_id, shuffle=False, epochs=1, pad_to_multiple=self.multiple
-        ) as batches:
+            self.valid, self.config.batch_size, self.pad_id, epochs=1, pad_to_multiple=self.multiple,
+            plan=in_order(self.config, self.valid), **reading_of(self.config),
+        ) as batches:  # fmt: skip
             for batch in batches:
                 sums = self.step.evaluate(self.weights, batch)
                 mx.eval(sums.loss, sums.correct)
@@ -372,7 +411,8 @@ class Job:
         """Write a checkpoint of this step."""
         if self.saved == (self.progress.step, self.progress.evaluated):
             return
-        flush(self.folder / METRICS)
+        for name in (METRICS, LEDGER):
+            flush(self.folder / name)
         state = dataclasses.asdict(self.progress)
         step = state.pop("step")
         state["data"] = self.batches.state()
@@ -395,6 +435,7 @@ class Job:
             "best_valid_loss": p.best_loss,
             "tokens": p.tokens,
             "label_tokens": p.label_tokens,
+            "bad_rows": len(self.bad),
             "train_seconds": p.seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "estimated_peak_gb": self.estimate and self.estimate.peak / 1e9,
@@ -423,9 +464,31 @@ def dropout_key(seed: int, step: int, micro: int) -> mx.array:
     return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
 
 
-def digest(path: str | None) -> str:
-    """sha256 of a file's bytes, "" for None."""
-    if path is None:
-        return ""
-    with Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def reading_of(config: TrainConfig) -> dict[str, Any]:
+    """How batches are read: threads, bytes, bad rows."""
+    return {
+        "workers": config.workers,
+        "max_bytes": int(config.read_ahead_mb * 1e6),
+        "on_bad_row": config.on_bad_row,
+        "max_bad_rows": config.max_bad_rows,
+    }
+
+
+def count_of(rows: Dataset) -> str:
+    """How many rows, for messages."""
+    return "uncounted" if rows.examples.n is None else f"{rows.examples.n}"
+
+
+def read_bad_rows(path: Path) -> set[str]:
+    """What `write_bad_rows` wrote, if it did."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as f:
+        return {line["reason"] for line in csv.DictReader(f)}
+
+
+def write_bad_rows(path: Path, told: Iterable[str]) -> None:
+    """A CSV of what is wrong with rows that were skipped, one message each; it names the row first."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["reason"], *([line] for line in told)])
+    write_whole(path, text.getvalue().encode())

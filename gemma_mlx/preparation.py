@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from gemma_mlx import machine
 from gemma_mlx.config import NO_MASTERS, NO_TARGETS, TrainConfig
-from gemma_mlx.data.buckets import MOST, TOKENS, Buckets, choose_buckets, of_sample
-from gemma_mlx.data.dataset import Dataset
+from gemma_mlx.data.buckets import MOST, Buckets, choose_buckets
+from gemma_mlx.data.dataset import CACHE_BYTES, Dataset, Survey
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.order import Grouped, Plan, Shuffled
 from gemma_mlx.data.packing import Packed
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.remote.lazy import LazyFetcher
+from gemma_mlx.data.rows import Rows
+from gemma_mlx.errors import InputError
 from gemma_mlx.full import refuse_trained, refuse_without_masters, train_fully
 from gemma_mlx.lora import apply_lora, freeze_base
 from gemma_mlx.progress import Reporter
 from gemma_mlx.step import Step, should_compile
 
+MOST_CHECKED = 20_000
+"""Rows that are all looked at before the first step, where nothing else is asked for."""
+SURVEYED, SURVEYED_FAR_AWAY = 256, 32
+"""Of more rows, or of rows whose media are fetched, so many are."""
+CACHE_BYTES_OF_MANY = 64 << 20
+"""Of samples in memory, where there are more than all of them would help."""
+Planner = Callable[[TrainConfig, "Dataset | Survey"], Plan]
 PAD_MULTIPLE = {"gpu": 32, "cpu": 8}
 """Rows are padded to a multiple of so many tokens: few shapes to compile, against wasted work (dear on a CPU)."""
 
@@ -34,33 +43,68 @@ def with_options(processor: Processor, config: TrainConfig) -> Processor:
     )  # fmt: skip
 
 
-def open_rows(path: str | None, processor: Processor, config: TrainConfig, say: Reporter) -> Dataset | None:
-    """The rows of a CSV, each checked: its texts rendered, its media's headers read. Raises InputError (file:line)."""
+def fetcher_of(config: TrainConfig) -> LazyFetcher:
+    """What reads data far away, for a run: it sees one version of every object, also after it was resumed."""
+    named = [*filter(None, (config.data, config.valid)), *config.media_root]
+    return LazyFetcher(
+        named, hosts=config.allow_host, folder=config.media_cache_dir, limit_bytes=int(config.media_cache_gb * 1e9),
+        run=os.path.abspath(config.out) if config.out else "", resumed=config.resume,
+    )  # fmt: skip
+
+
+def open_rows(
+    path: str | None, processor: Processor, config: TrainConfig, say: Reporter, fetcher: Any = None,
+    split: str = "train",
+) -> Dataset | None:  # fmt: skip
+    """The rows behind a name, each checked or some of them: texts rendered, headers of media read.
+
+    Raises:
+        InputError: naming file:line.
+    """
     if path is None:
         return None
-    prompts = Prompts(config.audio_prompt, config.image_prompt, config.system)
-    rows = Dataset(path, processor, config.media_root, config.columns, prompts=prompts)
-    with ThreadPoolExecutor(4) as pool:
-        check = pool.map(lambda e: of_sample(processor.sample(e, with_features=False)), rows.examples)
-        rows.sizes = np.stack(list(say.each(check, len(rows), f"checking {path}")))
-    rows.lengths = rows.sizes[:, TOKENS].tolist()
-    return rows
+    rows = Rows(
+        path, config.media_root, config.columns,
+        prompts=Prompts(config.audio_prompt, config.image_prompt, config.system), fetcher=fetcher, split=split,
+        lines=config.text_rows, patches=config.patches, language_mode=config.language_mode,
+    )  # fmt: skip
+    many = rows.n is None or rows.n > MOST_CHECKED
+    found = Dataset(
+        rows, processor, check=False, cache_bytes=CACHE_BYTES_OF_MANY if many else CACHE_BYTES,
+        on_bad_row=config.on_bad_row, max_bad_rows=config.max_bad_rows,
+    )  # fmt: skip
+    if config.check == "all" or (config.check == "auto" and not many and found.prefetch is None):
+        found.look_at_all()
+        found.measure_all(lambda each: say.each(each, len(rows), f"checking {path}"))
+    else:
+        found.look_at_some(SURVEYED if found.prefetch is None else SURVEYED_FAR_AWAY, config.seed)
+        say.say(f"{path}: {len(found.seen)} rows looked at, the others when their turn comes (--check all: all now)")
+    return found
 
 
-def plan_of(config: TrainConfig, rows: Dataset) -> Plan:
-    """Which rows make up which batches, as the options say."""
+def plan_of(config: TrainConfig, rows: Dataset | Survey) -> Plan:
+    """Which rows make up which batches, as the options say.
+
+    Raises:
+        InputError: packing of rows whose lengths are not known.
+    """
+    walk = rows.walk(config.seed)
     if config.packing:
-        return Packed(rows.lengths, config.batch_size, row_tokens(config, rows), config.seed)
+        if rows.lengths is None:
+            raise InputError("packing: rows are packed by their lengths, and not all were looked at; add --check all")
+        return Packed(rows.lengths, config.batch_size, row_tokens(config, rows), config.seed, walk)
     if config.group_by_length:
-        return Grouped(rows.lengths, config.batch_size, config.seed)
-    return Shuffled(len(rows), config.batch_size, config.seed)
+        lengths = rows.measure if rows.lengths is None else rows.lengths
+        return Grouped(lengths, config.batch_size, config.seed, walk=walk)
+    return Shuffled(walk, config.batch_size)
 
 
-def row_tokens(config: TrainConfig, rows: Dataset) -> int:
+def row_tokens(config: TrainConfig, rows: Dataset | Survey) -> int:
     """Tokens of a batch's row on average; of packed rows what they have room for."""
+    lengths = rows.seen.lengths
     if config.packing:
-        return config.pack_tokens or max(rows.lengths)
-    return sum(rows.lengths) // len(rows)
+        return config.pack_tokens or max(lengths)
+    return sum(lengths) // len(lengths)
 
 
 def total_steps(config: TrainConfig, plan: Plan) -> int:
@@ -73,14 +117,17 @@ def lanes_of(config: TrainConfig, rows: Dataset) -> int:
     return 1 if should_compile() else machine.lanes(config.batch_size, row_tokens(config, rows))
 
 
-def buckets_of(step: Step, config: TrainConfig, rows: Dataset, plan: Plan, most: int = MOST) -> Buckets:
-    """Few shapes for the batches of a compiled step."""
-    return choose_buckets(rows.sizes, plan, config.batch_size, partial(step.work, config.batch_size), most)
+def buckets_of(
+    step: Step, config: TrainConfig, rows: Dataset | Survey, plan: Planner, most: int = MOST
+) -> Buckets:  # fmt: skip
+    """Few shapes for the batches of a compiled step, chosen by the rows that were looked at."""
+    seen, cost = rows.seen, partial(step.work, config.batch_size)
+    return choose_buckets(seen.sizes, plan(config, seen), config.batch_size, cost, most)
 
 
-def in_order(config: TrainConfig, rows: Dataset) -> Plan:
+def in_order(config: TrainConfig, rows: Dataset | Survey) -> Plan:
     """Validation: the order of the file."""
-    return Shuffled(len(rows), config.batch_size, shuffle=False)
+    return Shuffled(rows.walk(config.seed, False), config.batch_size)
 
 
 def make_trainable(model: Any, config: TrainConfig) -> str:

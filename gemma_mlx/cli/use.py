@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.lora import remembered_options
 from gemma_mlx.models.load import check_finite, load
 
@@ -28,6 +29,21 @@ def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[s
     check_finite(model, processor.folder)
     names = ("image_tokens", "long_audio")
     processor = Processor(processor.folder, processor.spec, **{name: options.pop(name) for name in names})
-    reading = {"media_roots": options.pop("media_root", ()), "columns": options.pop("columns", {})}
+    return model, processor, reading_of(options)
+
+
+def reading_of(options: dict[str, Any]) -> dict[str, Any]:
+    """How to read rows (arguments of `gemma_mlx.data.rows.Rows`) from flags, which are taken out of ``options``."""
     prompts = Prompts(*(options.pop(name, None) for name in ("audio_prompt", "image_prompt", "system")))
-    return model, processor, {**reading, "prompts": prompts}
+    reading = {"media_roots": options.pop("media_root", ()), "columns": options.pop("columns", {}), "prompts": prompts}
+    reading |= {new: options.pop(name) for new, name in _SAME if name in options}
+    if "media_cache_gb" in options:
+        named = [options.get("data") or "", *reading["media_roots"]]
+        reading["fetcher"] = LazyFetcher(
+            named, hosts=options.pop("allow_host"), folder=options.pop("media_cache_dir"),
+            limit_bytes=int(options.pop("media_cache_gb") * 1e9),
+        )  # fmt: skip
+    return reading
+
+
+_SAME = (("lines", "text_rows"), ("patches", "patches"), ("language_mode", "language_mode"))

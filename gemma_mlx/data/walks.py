@@ -15,7 +15,7 @@ import numpy as np
 from gemma_mlx.data.permutation import Order
 from gemma_mlx.errors import InputError
 
-SHUFFLED_BYTES = 256 << 20
+SHUFFLED_BYTES = 128 << 20
 """Of tables that are read by stretches: the most bytes among which rows are shuffled at a time."""
 BLOCK = 4_096
 """Samples within which a mixture holds its shares exactly."""

@@ -47,7 +47,7 @@ def test_a_run_learns_and_leaves_what_it_promises(checkpoint_folder, rows, tmp_p
         **FAST | dict(eval_every=10, save_every=20, batch_size=6, rank=4),
     )  # fmt: skip
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "loss.png", "report.json"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "loss.png", "report.json", "rows.jsonl"}
     train = [r for r in run.history if "loss" in r]
     valid = [r for r in run.history if "valid_loss" in r]
     assert [r["step"] for r in train] == list(range(1, 41)) and [r["step"] for r in valid] == [10, 20, 30, 40]

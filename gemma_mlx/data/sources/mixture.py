@@ -34,7 +34,7 @@ def read_mixture(path: str, open_parts: Callable[..., list[Any]], split: str) ->
             raise InputError(f"{told}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(KEYS))}")
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
-            raise InputError(f"{told}: weight is {weight!r}; expected a number above 0: how often an epoch sees each row")
+            raise InputError(f"{told}: weight is {weight!r}; expected a number above 0, the times an epoch sees it")
         source = _from_here(path, entry["data"])
         if source.lower().endswith((".yaml", ".yml")):
             raise InputError(f"{told}: a mixture of mixtures; name its sources here")

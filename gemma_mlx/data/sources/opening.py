@@ -28,11 +28,13 @@ class Shards:
     Attributes:
         names: of the shards, in order.
         open: a shard's name -> its table.
+        close: a shard's name, when its table is not used any more.
         base: what relative media paths start from.
     """
 
     names: tuple[str, ...]
     open: Callable[[str], Table]
+    close: Callable[[str], None]
     base: str
 
 
@@ -150,7 +152,8 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
         kinds = {p.suffix.lower() for p in files}
         if kinds and kinds <= {*KINDS} - {".txt"}:
             if len(kinds) > 1:
-                raise InputError(f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}); name those to read")
+                told = ", ".join(sorted(kinds))
+                raise InputError(f"{path}: holds files of several kinds ({told}); name those to read")
             return tuple(opener(p, str(p)) for p in files)
     from gemma_mlx.data.sources.folder import FolderTable
 
@@ -179,7 +182,7 @@ def _remote(source: str, fetcher: Any, opener: Callable[..., Table]) -> tuple[Ta
         return opener(fetcher.file(name), name, name.rsplit("/", 1)[0] + "/")
 
     if len(names) > 1 and kinds[0] in (".tar", ".parquet"):
-        return Shards(tuple(names), fetched, base)
+        return Shards(tuple(names), fetched, fetcher.release, base)
     return tuple(map(fetched, names))
 
 

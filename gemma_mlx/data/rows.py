@@ -1,0 +1,188 @@
+"""Rows of all sources as examples, by number."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from gemma_mlx.data.blob import Blob
+from gemma_mlx.data.examples import Example, Prompts, RowReader
+from gemma_mlx.data.places import Folders
+from gemma_mlx.data.sources.opening import Shards, open_parts
+from gemma_mlx.data.sources.table import Table
+from gemma_mlx.data.walks import SHARD_BITS, SHARDS, ByStretches, Mixture, Shuffle, Stream, Walk
+from gemma_mlx.errors import InputError
+
+OPEN_SHARDS = 2 * SHARDS
+_LOOKED_AT = 16
+"""Rows that tell whether media lie far away."""
+_ALONE = 1 << 8
+"""Bytes that a row takes, roughly, where every row is read alone."""
+
+
+class Rows:
+    """What the user named as data: rows of one or several tables, each made an example when it is asked for.
+
+    Rows are numbered through all tables in order; those of shards far away, which are counted only when they are
+    reached, by shard and row (`gemma_mlx.data.walks.SHARD_BITS`). Safe to read from several threads.
+
+    Args:
+        source: see `gemma_mlx.data.sources.opening.open_parts`.
+        media_roots: further places that media may lie in.
+        columns: standard name -> column; see `gemma_mlx.data.examples`.
+        prompts: what the user says in rows without a prompt.
+        need_answer: false to accept rows without an answer, for prediction.
+        fetcher: reads what lies far away; None where nothing may.
+        split: of data sets that have several.
+        lines: what is a row of plain text.
+        patches: a folder of corrections; see `gemma_mlx.data.tuner`.
+        language_mode: see `gemma_mlx.data.tuner.languages`.
+
+    Raises:
+        InputError: nothing there, or not in order.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        media_roots: Iterable[str | Path] = (),
+        columns: Mapping[str, str] | None = None,
+        *,
+        prompts: Prompts | None = None,
+        need_answer: bool = True,
+        fetcher: Any = None,
+        split: str = "train",
+        lines: str = "line",
+        patches: str | None = None,
+        language_mode: str | None = None,
+    ):
+        self.source, self.fetcher = str(source), fetcher
+        self._roots, self._columns = list(media_roots), dict(columns or {})
+        self._prompts, self._need_answer = prompts or Prompts(), need_answer
+        self._patched = _patching(patches, language_mode, self._columns.get("text") or "text")
+        parts = open_parts(self.source, fetcher, split=split, lines=lines)
+        streams = [part for part in parts if isinstance(part.tables, Shards)]
+        if streams and len(parts) > 1:
+            raise InputError(f"{source}: shards far away cannot be mixed with other data; fetch them first")
+        self._shards: Shards | None = streams[0].tables if streams else None
+        self._open: OrderedDict[int, tuple[Table, RowReader]] = OrderedDict()
+        self._counts: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._parts = [] if streams else parts
+        self._tables = [self._with_reader(t, part.options) for part in self._parts for t in part.tables]
+        self._first = [0, *accumulate(len(table) for table, _ in self._tables)]
+        if not streams and not self._first[-1]:
+            raise InputError(f"{source}:2: no rows below the header; add at least one")
+
+    def _with_reader(self, table: Table, options: Mapping[str, Any]) -> tuple[Table, RowReader]:
+        table = self._patched(table)
+        folders = Folders(table.base, [*options.get("media_root", ()), *self._roots], self.fetcher)
+        mapping = {**self._columns, **options.get("columns", {})}
+        return table, RowReader(table.columns, folders, table.name, mapping, self._prompts, self._need_answer)
+
+    @property
+    def n(self) -> int | None:
+        """How many there are; None for shards far away."""
+        return None if self._shards else self._first[-1]
+
+    def __len__(self) -> int:
+        if self.n is None:
+            raise InputError(f"{self.source}: how many rows these shards hold is not known before they are read")
+        return self.n
+
+    def __getitem__(self, index: int) -> Example:
+        if self._shards:
+            table, reader = self._shard(index >> SHARD_BITS)
+            return reader.example(table[index & (1 << SHARD_BITS) - 1])
+        if not 0 <= index < self._first[-1]:
+            raise IndexError(index)
+        at = bisect_right(self._first, index) - 1
+        table, reader = self._tables[at]
+        return reader.example(table[index - self._first[at]])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def _shard(self, shard: int) -> tuple[Table, RowReader]:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        name = self._shards.names[shard]
+        opened = self._with_reader(self._shards.open(name), {})
+        with self._lock:
+            self._counts[shard] = len(opened[0])
+            self._open[shard] = opened
+            while len(self._open) > OPEN_SHARDS:
+                old, _ = self._open.popitem(last=False)
+                self._shards.close(self._shards.names[old])
+        return opened
+
+    def count(self, shard: int) -> int:
+        """Rows of a shard, which is fetched if they have not been counted yet."""
+        if shard not in self._counts:
+            self._shard(shard)
+        return self._counts[shard]
+
+    def walk(self, seed: int = 0, shuffle: bool = True) -> Walk:
+        """The order of an epoch's rows, as the sources allow: any, or within few stretches of a table at a time."""
+        if self._shards:
+            return Stream(len(self._shards.names), self.count, seed, shuffle)
+        if not shuffle:
+            return Shuffle(len(self), seed, False)
+        if all(part.weight == 1 for part in self._parts):
+            return _walk([table for table, _ in self._tables], seed)
+        tables = iter(table for table, _ in self._tables)
+        walks = [_walk([next(tables) for _ in part.tables], seed + i) for i, part in enumerate(self._parts)]
+        return Mixture(walks, [part.weight for part in self._parts], seed)
+
+    def fingerprint(self) -> str:
+        """A digest of what the rows are, as `gemma_mlx.data.sources.table.Table.fingerprint`."""
+        if len(self._tables) == 1:
+            return self._tables[0][0].fingerprint()
+        each = self._shards.names if self._shards else [table.fingerprint() for table, _ in self._tables]
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+    def remote_media(self) -> bool:
+        """Whether the first rows' media are fetched from elsewhere; a row that is not in order says nothing."""
+        if self._shards:
+            return False
+        for i in range(min(len(self), _LOOKED_AT)):
+            try:
+                media = self[i].media()
+            except InputError:
+                continue
+            if any(isinstance(part.path, Blob) and hasattr(part.path, "url") for part in media):
+                return True
+        return False
+
+
+def _walk(tables: list[Table], seed: int) -> Walk:
+    if all(table.units is None for table in tables):
+        return Shuffle(sum(map(len, tables)), seed)
+    units = [rows for table in tables for rows in (table.units or [len(table)])]
+    return ByStretches(units, [size for table in tables for size in _unit_bytes(table)], seed)
+
+
+def _unit_bytes(table: Table) -> list[int]:
+    """Bytes of each of a table's stretches in use."""
+    if table.units is None:
+        return [len(table) * _ALONE]
+    return list(getattr(table, "unit_bytes", [rows * _ALONE for rows in table.units]))
+
+
+def _patching(patches: str | None, language_mode: str | None, text: str) -> Callable[[Table], Table]:
+    """What puts corrections on a table."""
+    if patches is None and language_mode is None:
+        return lambda table: table
+    from gemma_mlx.data.tuner.layout import PatchedTable
+    from gemma_mlx.data.tuner.patches import Patches
+
+    read = None if patches is None else Patches.read(patches, text)
+    return lambda table: PatchedTable(table, read, language_mode)
