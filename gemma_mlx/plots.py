@@ -8,6 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_mlx.files import write_whole
 
 
@@ -85,13 +87,15 @@ def plot_histogram(path: str | Path, values: Any, label: str, title: str = "", m
     """
     figure = _figure(7, 3.5)
     axes = figure.subplots()
-    axes.hist(values, bins=60, color="tab:blue")
+    counts, edges = np.histogram(values, bins=60)
+    axes.stairs(counts, edges, fill=True, color="tab:blue")
     if mark is not None and max(values) > 0.9 * mark:
         axes.axvline(mark, color="tab:orange", label=f"{mark:g}")
         axes.legend()
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(bottom=0.7)
-    axes.set(xlabel=label, ylabel="rows", title=title)
+    axes.set_ylim(0.7, 2.0 * counts.max())
+    axes.yaxis.set_minor_formatter("")
+    axes.set(xlabel=label, ylabel="how many", title=title)
     return _save(figure, path)
 
 

@@ -243,9 +243,8 @@ class _Output:
         new = {}
         for (address, kind, cell, medium), content in zip(source.media(row), contents, strict=True):
             if self._embed and len(address) > 2:
-                raise InputError(
-                    f"{row.where}: {address[0]}: media inside messages are not embedded; leave --embed out"
-                )
+                told = f"{row.where}: {address[0]}"
+                raise InputError(f"{told}: media inside messages are not embedded; leave --embed out")
             if self._placer.takes(cell, medium):
                 name = self._placer.name(medium, kind, content)
                 new[address] = self._held(name, with_bytes) if self._embed else name

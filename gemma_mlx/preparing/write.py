@@ -127,12 +127,9 @@ def _array(name: str, group: list[tuple[Values, str]], kind: Any) -> Any:
     """A column of a row group; where no one type holds its values, they are JSON text, which our readers understand."""
     import pyarrow as pa
 
-    values = [values.get(name) for values, _ in group]
     if pa.types.is_string(kind):
-        return pa.array(
-            [_cell(v, name, where) if v is not None else None for v, (_, where) in zip(values, group, strict=True)],
-            kind,
-        )
+        return pa.array([None if v.get(name) is None else _cell(v[name], name, where) for v, where in group], kind)
+    values = [values.get(name) for values, _ in group]
     if not pa.types.is_binary(kind):
         values = [None if v == "" else v for v in values]
     return pa.array(values, kind)

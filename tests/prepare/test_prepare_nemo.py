@@ -44,9 +44,8 @@ def test_without_conversion_stretches_are_lossless_files(folder, run, tmp_path):
     soundfile.write(folder / "float.wav", np.linspace(-1.5, 1.5, 44_100, dtype=np.float32), 44_100, "FLOAT")
     path = manifest(folder, {"audio_filepath": "float.wav", "offset": 0.5, "duration": 0.25, "text": "x"})
     assert run(path, "--out", tmp_path / "o", "--write", "csv", "--manifest", "nemo")[0] == 0
-    cut, rate = soundfile.read(
-        tmp_path / "o" / read_csv(tmp_path / "o" / "train.csv")[0]["audio_path"], dtype="float32"
-    )
+    (row,) = read_csv(tmp_path / "o" / "train.csv")
+    cut, rate = soundfile.read(tmp_path / "o" / row["audio_path"], dtype="float32")
     whole, _ = soundfile.read(folder / "float.wav", dtype="float32")
     assert rate == 44_100
     np.testing.assert_array_equal(cut, whole[22_050:33_075])
@@ -100,15 +99,7 @@ def test_bad_stretches_name_their_line(folder, run, tmp_path):
     assert run(path, "--out", tmp_path / "o")[0] == 2
     bad = read_csv(tmp_path / "o" / "bad_rows.csv")
     assert [row["where"] for row in bad] == [f"{path}:{line}" for line in range(2, 9)]
-    words = [
-        "ends at 2.5 s",
-        "ends at 6 s",
-        "expected seconds",
-        "expected seconds",
-        "expected seconds",
-        "outside",
-        "unread",
-    ]
+    words = ["ends at 2.5 s", "ends at 6 s", *["expected seconds"] * 3, "outside", "unreadable"]
     for row, word in zip(bad, words, strict=True):
         assert word in row["reason"], row
 
@@ -121,9 +112,8 @@ def test_tar_shards_are_refused(folder, run, tmp_path):
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "manifest.json"])
 def test_a_mapped_manifest_is_an_ordinary_table(folder, run, tmp_path, name):
-    path = manifest(folder, {"audio_filepath": "a.wav", "offset": 0.5, "duration": 0.1, "text": "x"}).rename(
-        folder / name
-    )
+    row = {"audio_filepath": "a.wav", "offset": 0.5, "duration": 0.1, "text": "x"}
+    path = manifest(folder, row).rename(folder / name)
     flags = ("--columns", "audio_path=audio_filepath")
     assert run(path, "--out", tmp_path / "o", *flags, "--write", "jsonl")[0] == 0
     row = read_jsonl(tmp_path / "o" / "train.jsonl")[0]
