@@ -17,6 +17,7 @@ from gemma_mlx.batch import Batch, unit_range
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.examples import Example
+from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.data.features import MEL_BINS, SILENCE
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
@@ -115,7 +116,8 @@ def evaluate(
 ) -> Report:
     """Answer every row greedily and compare with its reference.
 
-    ``data``: a CSV (``reading``: options of ``read_examples``, such as ``media_roots`` and ``columns``) or examples.
+    ``data``: what `gemma_mlx.data.rows.Rows` reads (``reading``: its options, such as ``media_roots`` and ``columns``)
+    or examples.
     Rows with a clip whose reference is its ``text`` are transcripts and get word and character error rates; all others
     are answers and count as right when equal after ``normalize`` ("basic": case, punctuation and spacing do not count;
     "none": only spacing). ``without_media`` gives silence for every clip and grey for every picture: what the model
@@ -125,7 +127,11 @@ def evaluate(
     """
     if normalize not in scoring.NORMALIZERS:
         raise InputError(f"normalize: expected {' or '.join(scoring.NORMALIZERS)}, got {normalize!r}")
-    rows = read_examples(data, **reading) if isinstance(data, str | Path) else list(data)
+    if isinstance(data, str | Path):
+        fetcher = reading.pop("fetcher", None) or LazyFetcher([str(data), *reading.get("media_roots", ())])
+        rows = read_examples(data, fetcher=fetcher, **reading)
+    else:
+        rows = list(data)
     examples = _with_references(rows[:limit])
     answers: dict[int, str] = {}
     sampler = suppressing(greedy, processor.suppressed_ids)

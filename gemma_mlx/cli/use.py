@@ -38,7 +38,7 @@ def reading_of(options: dict[str, Any]) -> dict[str, Any]:
     reading = {"media_roots": options.pop("media_root", ()), "columns": options.pop("columns", {}), "prompts": prompts}
     reading |= {new: options.pop(name) for new, name in _SAME if name in options}
     if "media_cache_gb" in options:
-        named = [options.get("data") or "", *reading["media_roots"]]
+        named = [click.get_current_context().params.get("data") or "", *reading["media_roots"]]
         reading["fetcher"] = LazyFetcher(
             named, hosts=options.pop("allow_host"), folder=options.pop("media_cache_dir"),
             limit_bytes=int(options.pop("media_cache_gb") * 1e9),
