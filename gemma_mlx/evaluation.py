@@ -17,9 +17,9 @@ from gemma_mlx.batch import Batch, unit_range
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.examples import Example
-from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.data.features import MEL_BINS, SILENCE
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import write_whole
 from gemma_mlx.generation import answer_ids, greedy, suppressing
