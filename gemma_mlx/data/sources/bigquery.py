@@ -194,8 +194,9 @@ def _client(asked: Source) -> Iterator[Any]:
     """The REST client, with credentials and a project that pays."""
     try:
         import google.auth
+        import pyarrow  # noqa: F401
         from google.auth.credentials import AnonymousCredentials
-        from google.cloud import bigquery, bigquery_storage_v1  # noqa: F401  (both are needed)
+        from google.cloud import bigquery, bigquery_storage_v1  # noqa: F401
     except ImportError:
         raise InputError(f"{asked.name}: BigQuery needs its client: pip install 'gemma-mlx[bigquery]'") from None
     host, options = os.environ.get("BIGQUERY_EMULATOR_HOST", ""), None

@@ -33,7 +33,7 @@ def _told(e: Exception, name: str) -> InputError | None:
 
     said = _line(e)
     if isinstance(e, auth.DefaultCredentialsError):
-        return InputError(f"{name}: no Google credentials; {_LOGIN}")
+        return InputError(f"{name}: no Google credentials ({said.rstrip('.')}); {_LOGIN}")
     if isinstance(e, auth.RefreshError | api.Unauthorized):
         return InputError(f"{name}: the Google credentials are not accepted ({said}); {_LOGIN}")
     if isinstance(e, api.NotFound):
