@@ -25,7 +25,7 @@ from gemma_mlx.errors import InputError
 )
 @click.option("--convert", type=click.Choice(["flac"]), help="Clips as 16 kHz mono FLAC, HEIC as PNG.")
 @click.option("--embed", is_flag=True, help="Media inside the Parquet file, as Hugging Face datasets have them.")
-@click.option("--download", is_flag=True, help="Fetch audio_url and image_url.")
+@click.option("--download", is_flag=True, help="Fetch audio_url, image_url and video_url.")
 @click.option("--split", metavar="0.9", help="Split: train's share, or train=0.8,valid=0.1,test=0.1.")
 @click.option("--split-by", metavar="COLUMN", help="Keep rows with the same value together, such as a speaker's.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the split.")
@@ -66,7 +66,7 @@ def _prepare(data: str, out: Path, options: dict[str, Any]) -> int:
     with staging(out) as place, _Fetcher([*named, *options["media_root"]], options) as fetcher:
         roots = list(options["media_root"])
         if options["download"]:
-            reading["change"] = Downloader(place.downloads, fetcher)
+            reading["change"] = Downloader(place.downloads, fetcher, options["columns"])
             roots.append(str(place.downloads))
         tables = {
             part: open_rows(name, roots, fetcher=fetcher, split=options[f"{part}_split"], **reading)
@@ -155,7 +155,7 @@ def _from_tuner(config: Path, profile: str, out: Path | None) -> None:
     options, notes = read_profile(config, profile)
     for note in notes:
         click.echo(f"note: {note}", err=True)
-    text = to_yaml(options)
+    text = to_yaml(options, notes)
     if out is None:
         click.echo(text, nl=False)
     else:

@@ -6,29 +6,32 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_mlx.data.blob import suffix_of
+from gemma_mlx.data.examples import MEDIA
 from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError, SourceError
-
-COLUMNS = {"audio_url": "audio_path", "image_url": "image_path", "video_url": "video_path"}
-"""Column of a URL -> the column of the file that it becomes."""
 
 
 class Downloader:
     """Fetches a row's media before the row is read; may be called from several threads.
 
-    A row that has a path already is left as it is.
+    ``audio_url``, ``image_url`` and ``video_url`` give way to ``audio_path`` and so on. A row that has a path keeps it.
 
     Args:
         folder: where files go; those of the right size there are kept.
         fetcher: its ``blob(url)`` gives the `Blob` of a URL.
+        columns: standard name -> column, as the rows are read; a column that is read as it is stays as it is.
     """
 
-    def __init__(self, folder: Path, fetcher: Any):
+    def __init__(self, folder: Path, fetcher: Any, columns: Mapping[str, str] | None = None):
         self.folder, self.fetcher = folder, fetcher
+        columns = columns or {}
+        paths = {f"{kind}_url": columns.get(f"{kind}_path") or f"{kind}_path" for kind in MEDIA}
+        self._paths = {url: path for url, path in paths.items() if url not in columns.values()}
         folder.mkdir(exist_ok=True)
 
     def __call__(self, row: Row) -> Row:
@@ -38,7 +41,7 @@ class Downloader:
             InputError: a URL cannot be fetched; prepare lists its row.
         """
         values = dict(row.values)
-        for url_column, path_column in COLUMNS.items():
+        for url_column, path_column in self._paths.items():
             url = values.get(url_column)
             if isinstance(url, str) and url.strip():
                 del values[url_column]

@@ -108,3 +108,25 @@ def test_a_path_comes_before_a_url(server, folder, run, tmp_path):
     assert (tmp_path / "o" / first["audio_path"]).read_bytes() == (folder / "c.wav").read_bytes()
     assert (tmp_path / "o" / second["audio_path"]).read_bytes() == (folder / "b.wav").read_bytes()
     assert list(sent) == ["/b.wav"]
+
+
+def test_a_column_of_urls_that_is_read_as_it_is(server, folder, run, tmp_path):
+    host, _ = server
+    path = table(folder / "t.csv", rows(host, "a.wav"))
+    flags = ("--download", "--allow-host", host, "--media-cache-dir", tmp_path / "cache")
+    assert run(path, "--out", tmp_path / "o", *flags, "--columns", "audio_path=audio_url")[0] == 0
+    (row,) = read_csv(tmp_path / "o" / "train.csv")
+    assert (tmp_path / "o" / row["audio_url"]).read_bytes() == (folder / "a.wav").read_bytes()
+
+
+def test_urls_stay_where_they_are_unless_asked_for(server, folder, run, tmp_path):
+    host, sent = server
+    url = f"http://{host}/a.wav"
+    path = table(folder / "t.csv", [{"audio_path": url, "text": "x"}, {"audio_path": "b.wav", "text": "y"}])
+    flags = ("--allow-host", host, "--media-cache-dir", tmp_path / "cache")
+    assert run(path, "--out", tmp_path / "o", *flags, "--write", "csv")[0] == 0
+    first, second = read_csv(tmp_path / "o" / "train.csv")
+    assert first["audio_path"] == url and second["audio_path"].startswith("media/")
+    assert run(path, "--out", tmp_path / "p", *flags, "--convert", "flac")[0] == 0
+    assert [row["audio_path"][-5:] for row in read_csv(tmp_path / "p" / "train.csv")] == [".flac"] * 2
+    assert len(sent) == 1

@@ -1,6 +1,7 @@
 """What prepare writes, read again by soundfile, pyarrow, `datasets` and this library, beside the originals."""
 
 import json
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -152,6 +153,26 @@ def test_conversations_keep_their_messages_and_their_media(folder, run, tmp_path
     }
     assert first[2]["content"][0]["type"] == "audio" and first[2]["content"][0]["audio"].endswith(".flac")
     assert first[1] == {"role": "assistant", "content": "Noise."}
+
+
+def test_a_folder_and_a_tar_become_tables(folder, run, tmp_path):
+    place = tmp_path / "pairs"
+    place.mkdir()
+    for name in ("a", "b"):
+        (place / f"{name}.wav").write_bytes((folder / f"{name}.wav").read_bytes())
+        (place / f"{name}.txt").write_text(f"said in {name}")
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for path in sorted(place.iterdir()):
+            tar.add(path, path.name)
+    for source in (place, tmp_path / "pairs.tar"):
+        out = tmp_path / f"out-{source.name}"
+        code, _, err = run(source, "--out", out, "--write", "jsonl")
+        assert code == 0, err
+        rows = read_jsonl(out / "train.jsonl")
+        assert [row["text"] for row in rows] == ["said in a", "said in b"]
+        assert [(out / row["audio_path"]).read_bytes() for row in rows] == [
+            (folder / f"{name}.wav").read_bytes() for name in ("a", "b")
+        ]
 
 
 def test_heic_becomes_png(folder, run, tmp_path):
