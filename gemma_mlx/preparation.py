@@ -28,8 +28,6 @@ MOST_CHECKED = 20_000
 """Rows that are all looked at before the first step, where nothing else is asked for."""
 SURVEYED, SURVEYED_FAR_AWAY = 256, 32
 """Of more rows, or of rows whose media are fetched, so many are."""
-CACHE_BYTES_OF_MANY = 64 << 20
-"""Of samples in memory, where there are more than all of them would help."""
 Planner = Callable[[TrainConfig, "Dataset | Survey"], Plan]
 PAD_MULTIPLE = {"gpu": 32, "cpu": 8}
 """Rows are padded to a multiple of so many tokens: few shapes to compile, against wasted work (dear on a CPU)."""
@@ -70,7 +68,7 @@ def open_rows(
     )  # fmt: skip
     many = rows.n is None or rows.n > MOST_CHECKED
     found = Dataset(
-        rows, processor, check=False, cache_bytes=CACHE_BYTES_OF_MANY if many else CACHE_BYTES,
+        rows, processor, check=False, cache_bytes=0 if many else CACHE_BYTES,  # a row comes again only after all others
         on_bad_row=config.on_bad_row, max_bad_rows=config.max_bad_rows,
     )  # fmt: skip
     if config.check == "all" or (config.check == "auto" and not many and found.prefetch is None):
