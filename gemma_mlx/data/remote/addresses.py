@@ -29,13 +29,13 @@ def scheme_of(url: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """A URL for messages: without user, password and fragment, and with ``?…`` in the place of its query.
+    """A URL for messages: without user, password and fragment, with ``?…`` in the place of its query, and not endless.
 
     A ``gs://`` URL has none of these: it is shown whole.
     """
     scheme = scheme_of(url)
     if scheme == "gs":
-        return url
+        return _printable(url)
     if scheme == "data":
         return "data:…"
     head, mark, _ = url.partition("?")
@@ -43,7 +43,12 @@ def redacted(url: str) -> str:
     # By hand, since what cannot be parsed must not show its password either (nor one with a slash in it).
     start, user, odd_user = r"^(\w[\w+.-]*:[/\\]*|[/\\]{2,})", r"[^/\\]*", r"(?!\[)[^/\\]*:[^0-9/\\][^@]*"
     head = re.sub(rf"{start}(?:{user}|{odd_user})@", r"\1", head)
-    return head + ("?…" if mark else "")
+    return _printable(head) + ("?…" if mark else "")
+
+
+def _printable(url: str) -> str:
+    text = url if url.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in url)
+    return text if len(text) <= 1100 else text[:300] + "…"
 
 
 def split_url(url: str) -> SplitResult:

@@ -65,7 +65,7 @@ class GcsStore:
         Raises:
             SourceError: also where the checksum differs: then the bytes given out before are not to be used.
         """
-        pinned = stat or self.stat(url)
+        pinned = stat if stat and stat.size is not None and stat.version.isdecimal() else self.stat(url)
         reading = _Reading(self, url, pinned, start, end)
         yield from resumed(reading.chunks, start, self.policy, url)
         reading.check_sum()
@@ -203,7 +203,7 @@ def split_name(url: str, whole: bool = True) -> tuple[str, str]:
     """
     found = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/(.*)", url, re.DOTALL | re.IGNORECASE)
     name = found.group(2) if found else ""
-    if not found or (whole and not name) or re.search(r"[\0\r\n]", name) or len(name.encode()) > 1024:
+    if not found or (whole and not name) or re.search(r"[\x00-\x1f\x7f-\x9f]", name) or len(name.encode()) > 1024:
         raise InputError(f"{url!r} is no object of Cloud Storage; expected gs://bucket/name")
     return found.group(1).lower(), name
 
@@ -285,8 +285,9 @@ def _told_status(error: Any, url: str) -> Exception:
         return InputError(
             f"{url}: no permission (HTTP {status}): credentials of an account that may read it are needed; run {_LOGIN}"
         )
+    why = " ".join(str(error.message).split())
     kind = SourceError if status >= 500 else InputError
-    return kind(f"{url}: Cloud Storage refuses (HTTP {status}: {str(error.message).splitlines()[0][:200]})")
+    return kind(f"{url}: Cloud Storage refuses (HTTP {status}: {why[:200]})")
 
 
 def _retry_after(error: Any) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from urllib.parse import urlsplit
 
 import urllib3
@@ -83,7 +84,7 @@ class _Reading:
         if at or self._end is not None:
             headers["Range"] = f"bytes={at}-" + ("" if self._end is None else str(self._end - 1))
         kind, _, version = (self._stat.version if self._stat else "").partition(" ")
-        if kind == "ETag" and not version.startswith("W/"):  # a weak one never matches
+        if kind == "ETag" and re.fullmatch(r'"[!#-~]*"', version):  # a weak one never matches
             headers["If-Match"] = version
         elif kind == "Last-Modified":
             headers["If-Unmodified-Since"] = version.rpartition(";")[0]
@@ -101,10 +102,15 @@ class _Reading:
             self._hold_to(_stat_of(response, self._url))
             if self._done(at):
                 return
-            first = _content_range(response)[0] if response.status == 206 else 0
-            if response.status == 416 or first not in (0, at):
-                what = "refuses" if response.status == 416 else f"sent bytes from {first} for"
-                raise SourceError(f"{self._told}: the server {what} bytes from {at} on; use another server")
+            first = 0 if response.status == 200 else _content_range(response)[0]
+            if first is None or first > at:
+                what = "refuses" if response.status == 416 else "sent others for"
+                raise SourceError(f"{self._told}: the server {what} the bytes from {at} on; use another server")
+            if self._stop() is None and not response.chunked:
+                raise SourceError(
+                    f"{self._told}: the server does not say how long it is (no Content-Length), so that a broken "
+                    "download would not be noticed; use another server"
+                )
             yield from self._body(response, at - first, at)
 
     def _done(self, at: int) -> bool:
@@ -192,13 +198,15 @@ def _check(response: urllib3.BaseHTTPResponse, url: str, pinned: Stat | None) ->
     raise InputError(f"{told}: the server refuses the request (HTTP {status}); check the URL")
 
 
-def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int, int | None]:
-    """(first byte, size of the whole object) of a partial or refused answer."""
-    found = re.match(r"\s*bytes\s+(?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int | None, int | None]:
+    """(first byte, size of the whole object) of a partial or refused answer, None where it does not say."""
+    found = re.match(
+        r"\s*bytes\s+(?:([0-9]{1,18})-[0-9]+|\*)/([0-9]{1,18}|\*)", response.headers.get("Content-Range", "")
+    )
     if not found:
-        return 0, None
+        return None, None
     first, total = found.groups()
-    return int(first or 0), None if total == "*" else int(total)
+    return int(first) if first else None, None if total == "*" else int(total)
 
 
 def _stat_of(response: urllib3.BaseHTTPResponse, url: str) -> Stat:
@@ -217,9 +225,15 @@ def _stat_of(response: urllib3.BaseHTTPResponse, url: str) -> Stat:
     if response.status in (206, 416):
         size = _content_range(response)[1]
     else:
-        length = response.headers.get("Content-Length", "")
-        size = int(length) if length.isdigit() else None
-    etag, date = response.headers.get("ETag", "").strip(), response.headers.get("Last-Modified", "").strip()
+        length = "" if "Transfer-Encoding" in response.headers else response.headers.get("Content-Length", "")
+        size = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+    etag, date = _plain(response.headers.get("ETag", "")), _plain(response.headers.get("Last-Modified", ""))
     if etag:
         return Stat(size, f"ETag {etag}")
     return Stat(size, f"Last-Modified {date}; {size} bytes" if date else "")
+
+
+def _plain(value: str) -> str:
+    """A header's value that can be shown; a digest in the place of an odd one."""
+    value = value.strip()
+    return value if re.fullmatch(r"[ -~]{0,200}", value) else "sha256:" + sha256(value.encode()).hexdigest()

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import SplitResult, unquote, urljoin
+from urllib.parse import unquote, urljoin
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -20,6 +20,7 @@ from urllib3.exceptions import (
     HTTPError,
     InvalidHeader,
     LocationParseError,
+    LocationValueError,
     NameResolutionError,
     NewConnectionError,
     ProxyError,
@@ -115,7 +116,7 @@ class Wire:
         """
         told, here = redacted(url), url
         for _ in range(REDIRECTS + 1):
-            response = self._once(method, here, headers, told, login=here == url)
+            response = self._once(method, here, headers | _login(url, here), told)
             if response.status not in _REDIRECTED:
                 try:
                     yield response
@@ -125,19 +126,17 @@ class Wire:
                 return
             _leave(response)
             here = _next_url(here, response.headers.get("Location", ""), told)
-            if here != url:
+            if redacted(here) != redacted(url):
                 told = f"{redacted(url)} (redirected to {redacted(here)})"
         raise InputError(f"{redacted(url)}: more than {REDIRECTS} redirects; give the URL that they lead to")
 
-    def _once(self, method: str, url: str, headers: dict[str, str], told: str, login: bool) -> urllib3.BaseHTTPResponse:
+    def _once(self, method: str, url: str, headers: dict[str, str], told: str) -> urllib3.BaseHTTPResponse:
         parts = split_url(url)
         host, port = plain_host(parts.hostname or ""), port_of(parts)
         at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         target = parts._replace(netloc=at, path=parts.path or "/", fragment="").geturl()
         # Bytes as they lie there: a compressed answer has another size, and no ranges.
         headers = {"Accept-Encoding": "identity", "User-Agent": "gemma_mlx"} | headers
-        if login and parts.username is not None:
-            headers["Authorization"] = _basic(parts)
         try:
             response = self._manager(parts.scheme, host, port).request(
                 method,
@@ -183,7 +182,7 @@ class Wire:
     def _told_error(self, error: HTTPError, told: str, known: bool) -> Exception:
         """What a failed request is to the reader: `InputError` where trying again cannot help."""
         cause = error.__cause__
-        if isinstance(error, LocationParseError):
+        if isinstance(error, LocationValueError):
             return InputError(f"{told}: not a proper host name; correct the URL")
         if isinstance(error, NameResolutionError) and not known and not _try_again(cause):
             return InputError(f"{told}: no host of this name is known; check the name and the network")
@@ -204,9 +203,17 @@ def _try_again(error: BaseException | None) -> bool:
     return isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
 
 
-def _basic(parts: SplitResult) -> str:
-    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    return "Basic " + base64.b64encode(login.encode()).decode()
+def _login(url: str, here: str) -> dict[str, str]:
+    """Basic authentication by the user and password of `url`, for `here` if that is the same server."""
+    parts, other = split_url(url), split_url(here)
+    if parts.username is None or (parts.scheme, parts.hostname, port_of(parts)) != (
+        other.scheme,
+        other.hostname,
+        port_of(other),
+    ):
+        return {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
 
 
 def _next_url(here: str, location: str, told: str) -> str:
@@ -215,14 +222,22 @@ def _next_url(here: str, location: str, told: str) -> str:
     Raises:
         InputError: nowhere, to another scheme, or from https to http.
     """
-    there = urljoin(here, location)
+    with suppress(UnicodeError):  # bytes of a header come as Latin-1, those of a path are mostly UTF-8
+        location = location.encode("latin-1").decode()
+    try:
+        there = urljoin(here, location)
+    except ValueError:
+        there = location
     if not location or scheme_of(there) not in ("http", "https"):
         raise InputError(
             f"{told}: redirected to {redacted(there) if location else 'nowhere'}; only https:// is followed"
         )
     if scheme_of(here) == "https" and scheme_of(there) == "http":
         raise InputError(f"{told}: redirected from https to {redacted(there)}, which is not encrypted; refused")
-    split_url(there)
+    try:
+        split_url(there)
+    except InputError as e:
+        raise InputError(f"{told}: redirected to {e}") from None
     return there
 
 

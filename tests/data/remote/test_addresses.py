@@ -195,6 +195,9 @@ def test_a_login_goes_to_its_own_host_only(folder, web, data, quick):
         assert b"".join(store.read(f"http://me:p%40ss@{web.address}/away")) == data
         assert web.asked[-1].headers["authorization"] == "Basic bWU6cEBzcw=="
         assert "authorization" not in other.asked[-1].headers
+        web.redirects["/near"] = "/a.bin"
+        store.stat(f"http://me:p%40ss@{web.address}/near")
+        assert [asked.headers["authorization"] for asked in web.asked[-2:]] == ["Basic bWU6cEBzcw=="] * 2
 
 
 def test_proxies_of_the_environment(web, data, quick, monkeypatch):

@@ -1,8 +1,11 @@
 """Objects over HTTP, against servers of this machine that are as poor and as broken as servers are."""
 
+import contextlib
+import hashlib
 import itertools
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -231,6 +234,77 @@ def test_redirects(store, web, data):
     assert "redirected to nowhere" in refusal(lambda: store.stat(web.url + "/no"))
 
 
+def test_names_beyond_ascii(store, web, folder, data):
+    (folder / "ü 1%2.bin").write_bytes(b"u")
+    web.redirects["/to"] = "/ü 1%252.bin".encode().decode("latin-1")  # as many servers write it
+    for path in ("/ü 1%252.bin", "/%C3%BC%201%252.bin", "/to"):
+        assert joined(store.read(web.url + path)) == b"u"
+
+
+ANSWERS = {
+    "nothing": b"",
+    "no HTTP": b"\x16\x03\x01\x00\x02" * 20,
+    "no end": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "odd length": b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nabc",
+    "other length": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    "lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 9\r\n\r\nabc",
+    "huge length": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nabc",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000 + b"\r\n",
+    "long header": b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000 + b"\r\n\r\n",
+    "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
+    "cut chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nabc",
+    "other bytes": b"HTTP/1.1 206 OK\r\nContent-Length: 3\r\nContent-Range: bytes 5-7/9\r\n\r\nabc",
+    "odd range": b"HTTP/1.1 206 OK\r\nContent-Length: 3\r\nContent-Range: bytes x-\xb2/" + b"9" * 5000 + b"\r\n\r\nabc",
+    "refused range": b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n\r\n",
+    "odd redirect": b"HTTP/1.1 302 Go\r\nContent-Length: 0\r\nLocation: http://[::1\x1b[31m\r\n\r\n",
+    "odd status": b"HTTP/1.1 204 Gone\r\nContent-Length: 0\r\n\r\n",
+    "odd version": b'HTTP/1.1 200 OK\r\nContent-Length: 4\r\nETag: "\x1b[31m\xe9"\r\n\r\nabc',
+}
+
+
+SENSIBLE = {  # what can be made of some: the stat, the bytes from 1 on
+    "no end": (Stat(None, ""), None),
+    "odd length": (Stat(None, ""), None),
+    "huge length": (Stat(None, ""), None),
+    "other length": (Stat(None, ""), b"bc"),
+    "bad chunks": (Stat(None, ""), None),
+    "cut chunks": (Stat(None, ""), None),
+    "other bytes": (Stat(9, ""), None),
+    "odd range": (Stat(None, ""), None),
+    "odd version": (Stat(4, "ETag sha256:" + hashlib.sha256('"\x1b[31m\xe9"'.encode()).hexdigest()), None),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_that_make_no_sense(name):
+    """Whatever comes, no bytes are made up, and what is wrong is told in a line."""
+    answer = ANSWERS[name]
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    while b"\r\n\r\n" not in connection.recv(1 << 16):
+                        pass
+                    connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    store = HttpStore([address], RetryPolicy(2, 0.001, 0.001, 1.0, 1.0, 0.3))
+    url, expected = f"http://{address}/a", SENSIBLE.get(name, (None, None))
+    for call, right in zip((lambda: store.stat(url), lambda: joined(store.read(url, None, 1))), expected, strict=True):
+        if right is not None:
+            assert call() == right
+        else:
+            with pytest.raises(InputError) as caught:
+                call()
+            message = str(caught.value)
+            assert url in message and message.isprintable() and len(message) < 400
+    listener.close()
+
+
 def test_compressed_transfer_is_told_and_archives_are_read(folder, data, quick):
     (folder / "rows.jsonl.gz").write_bytes(data)
     with FileServer(folder, headers={"Content-Encoding": "gzip"}) as server:
@@ -291,8 +365,6 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 print(digests.pop())
 """
-    import hashlib
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == hashlib.sha256(data).hexdigest(), done.stderr
 
