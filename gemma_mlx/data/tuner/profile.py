@@ -66,7 +66,7 @@ def read_profile(path: Path, profile: str, root: Path | None = None) -> tuple[di
         "valid": _valid(settings, root, train, lines),
         "out": _shown(root / settings.text("output_dir", "output") / profile),
         "columns": columns,
-        "patches": _shown(patches.folder) if patches else None,
+        "patches": None if patches is None else _shown(patches.folder),
         **_media(settings, modality, root, lines),
         **_adapter(settings, modality, lines),
         **_training(settings, modality, lines),

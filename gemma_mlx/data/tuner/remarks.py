@@ -66,7 +66,7 @@ def remarks(settings: Settings) -> Iterator[str]:
         )
     for key, (value, _) in sorted(settings.values.items()):
         value = value.strip()
-        known = key in settings.asked or settings.dataset.get(key) == value and key in _OF_DATASET
+        known = key in settings.asked or (settings.dataset.get(key) == value and key in _OF_DATASET)
         if known or not value or (key, value.lower()) in _SILENT:
             continue
         if key in ("train_split", "validation_split"):

@@ -454,8 +454,8 @@ def test_steps_instead_of_epochs(project, steps, given):
 
 
 def test_default_sections_may_stand_twice(project):
-    ini = project("[DEFAULT]\nlogging_steps = 7\n")
-    assert read_profile(ini, "plain")[0]["log_every"] == 7
+    ini = project("[DEFAULT]\nlora_alpha = 7\n")
+    assert read_profile(ini, "plain")[0]["alpha"] == 7
 
 
 def test_a_limit_of_tokens_acts_on_text_alone(project):
