@@ -28,8 +28,8 @@ from gemma_mlx.data.turns import Audio, Image, Part, Text, Turn, Video
 from gemma_mlx.data.values import KEYS, check_depth, filled, kind_of, medium_of, objects_of, parsed
 from gemma_mlx.errors import InputError
 
-MAX_MESSAGES = 1000
-"""Messages of a conversation: the template is rendered once for each model turn, so time grows with the square."""
+MAX_MESSAGES = 500
+"""Messages of a conversation: the template is rendered anew for each model turn, so time grows with the square."""
 ROLES = {
     **{"system": "system", "developer": "system", "user": "user", "human": "user"},
     **{"assistant": "model", "model": "model", "gpt": "model", "tool": "tool"},

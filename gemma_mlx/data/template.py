@@ -338,50 +338,60 @@ def render_conversation(example: Example, template: ChatTemplate | WithFrames, t
     script = _Script(example, template)
     text, spans, last = script.text, [], len(turns) - 1
     for first, end in script.answers():
-        learned = all(turn.learned for turn in turns[first : end + 1]) and (train_on == "all" or end == last)
-        header = script.header(first) if learned else ""
-        if not learned or (said := _said(script, first, end, header)) is None:
+        if not all(turn.learned for turn in turns[first : end + 1]) or (train_on == "last" and end != last):
             continue
-        prompt = script.prompt(first)
-        if prompt == header or end == last:
+        if not any(turn.text or turn.extra.get("tool_calls") for turn in turns[first : end + 1]):
+            raise InputError(f"{where}: empty text: a model turn says nothing; fill it or remove the row")
+        prompt = header = script.prompt(first)
+        if not text.startswith(prompt):
+            if end != last:
+                continue
+            header = script.header(first)
+        if said := _said(script, first, end, header):
             if end == last:
                 text = prompt + text[len(header) :]
-            spans.append((len(prompt), len(prompt) + len(said) - len(header)))
+            spans.append((len(prompt), len(prompt) + said - len(header)))
     if not spans:
         raise InputError(f"{where}: no model turn carries loss; give the last one a weight, or remove the row")
     return Rendered(text, tuple(spans))
 
 
-def _said(script: _Script, first: int, end: int, header: str) -> str | None:
-    """The conversation through the token that ends an answer; `header` is all that stands before what it says.
+def _said(script: _Script, first: int, end: int, header: str) -> int:
+    """Where an answer ends in the text, behind the token that ends it.
 
-    None where later turns make the template write it otherwise, and it may: it takes thoughts out of history.
+    Args:
+        script: the conversation.
+        first: the answer's first turn.
+        end: its last.
+        header: all that stands before it.
+
+    Returns:
+        0 where later turns make the template write it otherwise, and it may: it takes thoughts out of history.
 
     Raises:
-        InputError: the answer says nothing, or the template alters what it says.
+        InputError: the template alters what the answer says, or what was said before.
     """
-    turns = script.turns[first : end + 1]
-    special = any(turn.extra for turn in turns)
-    if not any(turn.text or turn.extra.get("tool_calls") for turn in turns):
-        raise InputError(f"{script.where}: empty text: a model turn says nothing; fill it or remove the row")
-    whole = script.through(end)
-    answer = whole[len(header) :]
-    thoughts = [turn.extra["reasoning"].strip() for turn in turns if "reasoning" in turn.extra]
-    if not special and not answer.startswith("".join(turn.text for turn in turns)):
+    turns, whole = script.turns[first : end + 1], script.through(end)
+    special = len(turns) > 1 or bool(turns[0].extra)
+    answer, text = whole[len(header) :], turns[0].text
+    if not whole.startswith(header):
         raise _altered(script.where)
-    if not whole.startswith(header) or any(turn.text not in answer for turn in turns):
+    # A text may itself begin with what the generation prompt ends with.
+    if not special and not answer.startswith(text) and not whole[len(script.header(first)) :].startswith(text):
         raise _altered(script.where)
-    if any(thought not in answer for thought in thoughts):
+    if special and any(turn.text not in answer for turn in turns):
+        raise _altered(script.where)
+    if any(turn.extra["reasoning"].strip() not in answer for turn in turns if "reasoning" in turn.extra):
         raise InputError(
             f"{script.where}: the chat template does not write the thought of a model turn (reasoning); remove it"
         )
     if script.text.startswith(whole.rstrip()):
-        return whole.rstrip()
+        return len(whole.rstrip())
     if not special:
         raise _altered(script.where)
     # Gemma 4 writes what a turn says beside its calls behind their results.
     calls = script.through_calls(end).rstrip() if turns[-1].extra.get("tool_calls") else ""
-    return calls if calls and script.text.startswith(calls) else None
+    return len(calls) if calls and script.text.startswith(calls) else 0
 
 
 def _altered(where: str) -> InputError:
@@ -397,26 +407,45 @@ def encode(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[in
     A span carries loss if it starts behind exactly the ids that its prompt has when it stands alone. Where a token of
     the whole text would reach over the last span's borders, prompt and answer are encoded one by one instead.
     """
-    text = rendered.text
+    text, spans = rendered.text, rendered.spans
     ids = tokenizer.encode(text)
-    within = {span: _token_span(span, text, ids, tokenizer) for span in rendered.spans}
-    if rendered.spans and within[rendered.spans[-1]] is None:
-        start, end = rendered.spans[-1]
+    within = token_spans(spans, text, ids, tokenizer)
+    if spans and within[-1] is None:
+        start, end = spans[-1]
         head, answer, tail = (tokenizer.encode(part) for part in (text[:start], text[start:end], text[end:]))
         ids = head + answer + tail
-        within = {span: _token_span(span, text, ids, tokenizer) for span in rendered.spans[:-1]}
-        within[start, end] = len(head), len(head) + len(answer)
+        within = [*token_spans(spans[:-1], text, ids, tokenizer), (len(head), len(head) + len(answer))]
     labels = [IGNORE_INDEX] * len(ids)
-    for start, end in filter(None, within.values()):
+    for start, end in filter(None, within):
         labels[start:end] = ids[start:end]
     return ids, labels
 
 
-def _token_span(span: tuple[int, int], text: str, ids: list[int], tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The tokens of a span of characters; None where a token reaches over one of its borders."""
-    before, through = (tokenizer.encode(text[:cut]) for cut in span)
-    fits = ids[: len(before)] == before and ids[: len(through)] == through
-    return (len(before), len(through)) if fits else None
+def token_spans(
+    spans: Sequence[tuple[int, int]], text: str, ids: list[int], tokenizer: Tokenizer
+) -> list[tuple[int, int] | None]:
+    """The tokens of each span of characters; None where a token reaches over one of its borders."""
+    ends = {tokenizer.id_of(token) for token in (*tokenizer.control_tokens, *TOOL_TOKENS)} - {None}
+    found: list[tuple[int, int] | None] = []
+    known = (0, 0)  # characters, tokens: control tokens split the text, so that what follows one stands alone
+    for span in spans:
+        edges = []
+        for cut in span:
+            count = _tokens_before(cut, known, text, ids, tokenizer)
+            edges.append(count)
+            if count and ids[count - 1] in ends:
+                known = cut, count
+        found.append(None if None in edges else (edges[0], edges[1]))
+    return found
+
+
+def _tokens_before(cut: int, known: tuple[int, int], text: str, ids: list[int], tokenizer: Tokenizer) -> int | None:
+    """How many ids stand before a cut; None where one reaches over it, or they are others when they stand alone."""
+    for at, done in (known, (0, 0)):
+        piece = tokenizer.encode(text[at:cut])
+        if ids[done : done + len(piece)] == piece:
+            return done + len(piece)
+    return None
 
 
 def _counts(kinds: list[int]) -> str:

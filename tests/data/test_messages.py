@@ -463,7 +463,7 @@ HOSTILE = {
     r"message 2 \(assistant\): tool call 1: arguments: (JSON )?nested too deeply": [
         user("a"), model("", tool_calls=[{"name": "f", "arguments": '{"a":' * 900 + "1" + "}" * 900}])],
     r"message 2 \(assistant\): reasoning is an object": [user("a"), model("b", reasoning={"a": 1})],
-    r"10000 messages; at most 1000": [user("a"), model("b")] * 5000,
+    r"10000 messages; at most 500": [user("a"), model("b")] * 5000,
     r"messages: item 2 is text; expected a list of objects": [user("a"), "b"],
     r"messages holds an object; expected a list": {"role": "user", "content": "a"},
     r"messages: JSON nested too deeply": DEEP,
@@ -477,6 +477,49 @@ def test_rows_refused_in_one_line(tmp_path, says):
     with pytest.raises(InputError, match=f"^t.jsonl:7: {says}") as caught:
         read({"messages": HOSTILE[says]}, tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_junk_is_refused_or_read(tmp_path):
+    """Any JSON under the names that are read: an example or one line, never another error."""
+    rng = np.random.default_rng(11)
+    keys = "role content type text image audio tool_calls function name arguments weight from value path bytes data url"
+    keys = [*keys.split(), "image_url", "reasoning", "tool_call_id", "id"]
+    words = ["user", "assistant", "tool", "text", "image", "human", "gpt", "a.wav", "data:audio/wav;base64,YQ==", "["]
+    words += ["{", "", "[1]", "\0", "..", "é" * 300, "https://a/b", "<image>"]
+
+    def junk(depth):
+        kind = rng.integers(0, 9 if depth else 6)
+        if kind < 3:
+            return str(rng.choice(words))
+        if kind < 6:
+            return [None, 7, -0.5, True, float("nan"), b"\xff"][rng.integers(0, 6)]
+        if kind < 7:
+            return [junk(depth - 1) for _ in range(rng.integers(0, 4))]
+        return {str(key): junk(depth - 1) for key in rng.choice(keys, rng.integers(0, 6), replace=False)}
+
+    read_ones = 0
+    for _ in range(3000):
+        names = [
+            "messages",
+            "conversations",
+            "prompt",
+            "completion",
+            "tools",
+            "images",
+            "audio",
+            "system",
+            "text",
+            "id",
+        ]
+        values = {str(name): junk(4) for name in rng.choice(names, rng.integers(1, 5), replace=False)} | {"text": "a"}
+        if rng.random() < 0.7:
+            values["messages"] = [user(junk(3)), model(junk(1)) | {"tool_calls": junk(3)}]
+        try:
+            read(values, tmp_path)
+            read_ones += 1
+        except InputError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000 and str(e).startswith("t.jsonl:")
+    assert 100 < read_ones < 2900
 
 
 def test_a_hundred_megabytes_of_base64(tmp_path):

@@ -9,7 +9,7 @@ from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.dataset import Dataset, read_examples
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn
 from gemma_mlx.data.processor import Processor
-from gemma_mlx.data.template import messages_of, render_conversation
+from gemma_mlx.data.template import messages_of, render_conversation, token_spans
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import read_spec
 
@@ -177,6 +177,31 @@ def test_the_prompt_stays_whole_where_a_token_would_reach_over_its_end(tmp_path)
     assert np.array_equal(sample.input_ids[: len(prompt)], prompt.input_ids)
     learned = processor.tokenizer.encode("the sun<turn|>")
     assert sample.labels[sample.labels != IGNORE_INDEX].tolist() == learned  # the last turn alone
+
+
+@pytest.mark.parametrize("odd", [(), ("\nthe", "dog<|turn>", " s")])
+def test_spans_begin_and_end_where_their_prompts_do(tmp_path, odd):
+    """Against the definition: what stands before a cut has the same ids alone as in the whole."""
+    folder = make_folder(tmp_path / "odd")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(list(odd))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = Processor(folder).tokenizer
+    rng = np.random.default_rng(3)
+    pieces = ["<|turn>", "<turn|>", "<eos>", "<|tool_response>", "model", "\n", "\n\n", "the", " dog", " sun", "é"]
+    seen = []
+    for _ in range(150):
+        said = rng.choice(pieces, rng.integers(4, 40))
+        text, borders = "".join(said), np.cumsum([0, *map(len, said)])
+        cuts = sorted(rng.choice(borders, 2 * rng.integers(1, 3), replace=False).tolist())
+        spans = tuple(zip(cuts[::2], cuts[1::2], strict=True))
+        ids = tokenizer.encode(text)
+        alone = {cut: tokenizer.encode(text[:cut]) for cut in cuts}
+        fits = {cut: len(head) if ids[: len(head)] == head else None for cut, head in alone.items()}
+        expected = [None if None in (fits[a], fits[b]) else (fits[a], fits[b]) for a, b in spans]
+        assert token_spans(spans, text, ids, tokenizer) == expected
+        seen += expected
+    assert 50 < len([span for span in seen if span]) < len(seen)
 
 
 def test_completion(table, processor):
