@@ -39,8 +39,12 @@ _UNKNOWN = 1 << 40
 """Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
 _BLOCK = 1 << 22
 """Values (samples × channels) decoded at a time: 16 MB, and all of most clips."""
+_STRIP = 1 << 23
+"""Pixels converted at a time."""
 _NEEDS_AV = {".m4a", ".mp4", ".aac", ".m4b", ".mov", ".mkv", ".webm", ".3gp", ".wma", ".amr"}
 _TRUE_HEADERS = {"WAV", "WAVEX", "FLAC"}
+_TIMED = {"mp4", "matroska", "flac", "wav"}
+"""PyAV's containers whose headers hold a duration."""
 _HEIF = {".heic", ".heif", ".avif"}
 # Not every format that Pillow has: EPS runs another program, and some are read by nobody's models.
 _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "TGA", "ICO", "DIB")
@@ -220,8 +224,9 @@ class _Clip:
 
     def _check_length(self, seconds: float) -> None:
         if seconds > self.limit_s and self.long_audio == "error":
+            long = f"{seconds:.1f} s" if seconds >= self.limit_s + 0.1 else f"more than {self.limit_s} s"
             raise InputError(
-                f"{self.told}: over-long audio: {seconds:.1f} s, the limit is {self.limit_s} s; cut the clip, or use "
+                f"{self.told}: over-long audio: {long}, the limit is {self.limit_s} s; cut the clip, or use "
                 f"its first {self.limit_s} s with --long-audio truncate"
             )
 
@@ -232,11 +237,13 @@ def _reason(e: Exception) -> str:
 
 
 def _claimed_seconds(opened_file: Any) -> float:
-    """What the header of a PyAV container says of its sound; 0 where it says nothing."""
+    """What the header of a PyAV container says of its sound; 0 where it says nothing, or FFmpeg only guesses."""
+    if not any(name in _TIMED for name in opened_file.format.name.split(",")):
+        return 0.0
     stream = opened_file.streams.audio[0]
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return 0.0
+    return 0.0 if opened_file.streams.video else (opened_file.duration or 0) / 1e6
 
 
 def _read_mono(sound: Any, count: int) -> np.ndarray:
@@ -283,20 +290,21 @@ def load_image(medium: str | Medium, where: str = "") -> np.ndarray:
         InputError: missing, unreadable, truncated, zero-size or enormous pictures.
         SourceError: the blob's source failed.
     """
-    from PIL import ImageOps
-
     with _open_image(medium, where) as (image, name):
         image.load()
         _check_pixels(image, name)  # a GIF's first frame may exceed its screen
-        upright = ImageOps.exif_transpose(image)
-        return np.array(_rgb(upright, name))
+        if _orientation(image) != 1:
+            from PIL import ImageOps
+
+            image = ImageOps.exif_transpose(image)
+        return _pixels(image, name)
 
 
 def image_dimensions(medium: str | Medium, where: str = "") -> tuple[int, int]:
     """(height, width) that `load_image` gives, from the header alone."""
     with _open_image(medium, where) as (image, _):
         width, height = image.size
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+        sideways = _orientation(image) in (5, 6, 7, 8)  # those that swap the sides
         return (width, height) if sideways else (height, width)
 
 
@@ -328,6 +336,24 @@ def _open_image(medium: str | Medium, where: str) -> Iterator[tuple[Any, str]]:
             raise InputError(f"{name}: image too large ({_line(e)}); scale it down") from None
         except Exception as e:  # codecs raise anything on broken files
             raise InputError(f"{name}: unreadable image ({_line(e)}); save or download it again") from None
+
+
+def _orientation(image: Any) -> int:
+    """EXIF's."""
+    return image.getexif().get(0x0112, 1)
+
+
+def _pixels(image: Any, name: str) -> np.ndarray:
+    """RGB uint8 [height, width, 3]. Large pictures are converted strip by strip, since each step copies them."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if rows >= height:
+        return np.asarray(_rgb(image, name))
+    out = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = np.asarray(_rgb(image.crop((0, top, width, bottom)), name))
+    return out
 
 
 def _line(e: Exception) -> str:
@@ -400,4 +426,4 @@ def _rgb(image: Any, told: str) -> Any:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
