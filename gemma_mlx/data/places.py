@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from gemma_mlx.data.blob import Medium
-from gemma_mlx.errors import InputError
+from gemma_mlx.errors import InputError, SourceError
 
 SCHEMES = ("https", "http", "gs")
 """URLs that a fetcher reads; what it refuses of them (hosts, redirects) is its own affair."""
@@ -64,14 +64,18 @@ class Folders:
         if "\0" in cell:
             raise InputError(f"{told} contains a NUL character; give the path of a file")
         if scheme_of(cell):
-            _check_scheme(cell, told, self._fetcher)
-            return self._fetcher.blob(_quoted(cell, told))
+            return self._fetched(cell, told)
         found = self._local(cell, told)
         return found if found is not None else self._fetched(_below(self._urls[0], cell, told), told)
 
     def _fetched(self, url: str, told: str) -> Medium:
         _check_scheme(url, told, self._fetcher)
-        return self._fetcher.blob(url)
+        try:
+            return self._fetcher.blob(_quoted(url, told))
+        except SourceError:
+            raise
+        except InputError as e:
+            raise InputError(f"{told}: {e}") from None
 
     def _local(self, cell: str, told: str) -> Path | None:
         """The file of this machine; None where there is none, but a place that is a URL may have it."""

@@ -14,6 +14,8 @@ class Fetcher:
     """Gives blobs that know only their URL."""
 
     def blob(self, url):
+        if "no.such" in url:
+            raise InputError("not a proper host")
         return Embedded(url, b"")
 
 
@@ -88,6 +90,7 @@ def test_paths_that_leave_a_url(data, cell):
         ("https://host\\@evil.org/a", "no backslash"),
         ("https://host/a\r\nb", "no control characters"),
         ("gs://bucket/a\nb", "no control characters"),
+        ("https://no.such/a", "not a proper host"),
         ("x" * 5000 + "/../../../y", "lies outside"),
     ],
 )
