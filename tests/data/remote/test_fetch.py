@@ -488,7 +488,7 @@ def test_failed_range_fails_the_object(store, fetcher_of, monkeypatch, fault):
     fetcher = fetcher_of(store, limit=1 << 27)
     data = bytes(3 * PART)
     store.put("gs://b/large", data)
-    read = store.read
+    read, store.pause = store.read, 0.02
 
     def faulty(url, stat=None, start=0, end=None):
         if start == PART:
