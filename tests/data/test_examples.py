@@ -125,7 +125,7 @@ def refused(path, **options):
 @pytest.mark.parametrize(
     ("content", "options", "says"),
     [
-        ("audio_path,id\nshort.wav,1\n", {}, "missing column: none of answer, response, completion, caption, text, messages, conv"),
+        ("audio_path,id\nshort.wav,1\n", {}, "none of answer, response, completion, caption, text, messages, conv"),
         ("audio,text\nshort.wav,hello\n", {}, "missing column 'audio_path'; found audio, text"),
         ("prompt,response\na,b\n", {"columns": {"text": "sentence"}}, "missing column 'sentence'"),
         ("prompt,response\na,b\n", {"columns": {"txt": "prompt"}}, "unknown name 'txt'"),
