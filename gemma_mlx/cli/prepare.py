@@ -83,6 +83,8 @@ def _prepare(data: str, out: Path, options: dict[str, Any]) -> int:
     if bad > len(shown):
         click.echo(f"{bad} bad rows in all: {out / reports.BAD_ROWS}")
     click.echo(f"report: {out / reports.REPORT}")
+    if bad and plan.skip_bad and plan.write and "written" not in report:
+        raise InputError(f"no good row to write; the bad ones are listed in {out / reports.BAD_ROWS}")
     if bad and not plan.skip_bad:
         rows = "row" if bad == 1 else "rows"
         raise InputError(f"{bad} bad {rows}, listed in {out / reports.BAD_ROWS}; mend them, or --on-bad-row skip")

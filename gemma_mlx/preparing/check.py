@@ -85,7 +85,7 @@ class Checker:
     ):
         self.rows, self.tokens, self.split_by = rows, tokens, split_by
         self.long_audio, self.headers_only = long_audio, headers_only
-        self.placer = placer
+        self.placer, self.converts = placer, placer is not None and placer.convert
 
     def __call__(self, index: int) -> Checked:
         """Check one row; only a failing source is an error.
@@ -94,6 +94,7 @@ class Checker:
             SourceError: the table cannot be read.
         """
         found = Checked(where=f"{self.rows.name}: row {index + 1}")
+        placer = self.placer
         try:
             source, place = self.rows.find(index)
             row = source.row(place)
@@ -101,10 +102,14 @@ class Checker:
             found.row_id, found.language = source.text(row, "id"), source.text(row, "language")
             example = source.example(row)
             found.kind = "+".join(sorted({_kind(part) for part in example.media()})) or "text"
-            for kind, medium, place in self._media(source, row, example):
-                self._look(kind, medium, place, found)
+            media = self._media(source, row, example)
+            decoded = [self._look(kind, medium, found) for kind, medium in media]
             found.tokens = self.tokens(example, found.media)
             found.keys = self._keys(row.values, example, found)
+            if placer is not None:
+                for (kind, medium), seen, values in zip(media, found.media, decoded, strict=True):
+                    if placer.takes(medium):
+                        placer.place(medium, kind, seen.content, values)
         except SourceError:
             raise
         except InputError as e:
@@ -114,42 +119,38 @@ class Checker:
             found.reason = found.reason.removeprefix(f"{found.where}: ")
         return found
 
-    def _media(self, source: Source, row: Row, example: Example) -> list[tuple[str, Medium, bool]]:
-        """(kind, medium, whether it is put into the prepared folder) in the order in which its digest is kept."""
+    def _media(self, source: Source, row: Row, example: Example) -> list[tuple[str, Medium]]:
+        """(kind, medium) in the order in which their digests are kept: of cells, where these are to be rewritten."""
+        media = [(_kind(part), part.path) for part in example.media()]
         if self.placer is None:
-            return [(_kind(part), part.path, False) for part in example.media()]
-        found = source.media(row)
-        if len(found) != len(example.media()):
+            return media
+        found = [(kind, medium) for _, kind, medium in source.media(row)]
+        if len(found) != len(media):
             raise InputError(f"{row.where}: media in cells that cannot be rewritten; leave --write out")
-        return [(kind, medium, self.placer.takes(cell, medium)) for _, kind, cell, medium in found]
+        return found
 
-    def _look(self, kind: str, medium: Medium, place: bool, found: Checked) -> None:
+    def _look(self, kind: str, medium: Medium, found: Checked) -> np.ndarray | None:
+        """Measure a medium; what it decodes to, where that is an array."""
         seen, where = Seen(kind), found.where
         found.media.append(seen)
         name = described(medium).encode()
         seen.content = (
             hashlib.blake2b(name, digest_size=16).digest() if self.headers_only else digest(medium, where, kind)
         )
-        decoded = {"audio": self._clip, "image": self._picture, "video": self._film}[seen.kind](medium, where, seen)
-        if place:
-            self.placer.place(medium, seen.kind, seen.content, decoded)
+        return {"audio": self._clip, "image": self._picture, "video": self._film}[kind](medium, where, seen)
 
     def _clip(self, medium: Medium, where: str, seen: Seen) -> np.ndarray | None:
         seen.seconds, seen.rate = audio_header(medium, where)
-        wave = None
         if self.headers_only:
             count = audio_samples(medium, where, self.long_audio)
-        else:
-            # A file that is converted keeps its end, whatever training takes of it.
-            whole = self.long_audio == "truncate" and self.placer is not None and self.placer.convert
-            wave = load_audio(
-                medium,
-                where,
-                "error" if whole else self.long_audio,
-                None if whole else MAX_AUDIO_SAMPLES,
-            )
-            count = len(wave)
-        seen.seconds = seen.seconds or count / SAMPLE_RATE
+            seen.seconds = seen.seconds or count / SAMPLE_RATE
+            return None
+        # A file that is converted keeps its end, whatever training takes of it.
+        whole = self.long_audio == "truncate" and self.converts
+        limit = None if whole else MAX_AUDIO_SAMPLES
+        wave = load_audio(medium, where, "error" if whole else self.long_audio, limit)
+        cut = self.long_audio == "truncate" and not whole
+        seen.seconds = max(seen.seconds if cut else 0.0, len(wave) / SAMPLE_RATE)
         return wave
 
     def _picture(self, medium: Medium, where: str, seen: Seen) -> np.ndarray | None:

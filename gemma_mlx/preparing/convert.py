@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_mlx.data.blob import Medium, described
+from gemma_mlx.data.blob import Medium
 from gemma_mlx.data.opening import opened
 from gemma_mlx.spec import SAMPLE_RATE
 
@@ -54,6 +54,11 @@ def png(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, format="PNG")
 
 
+def url_of(medium: Medium) -> str:
+    """Where a medium lies if it is far away; "" if it is at hand."""
+    return str(getattr(medium, "url", ""))
+
+
 class Placer:
     """Puts media into a prepared folder, each content once under a name that tells where it came from.
 
@@ -66,9 +71,9 @@ class Placer:
     def __init__(self, folder: Path, convert: bool = False, fetch: bool = False):
         self.folder, self.convert, self.fetch = folder, convert, fetch
 
-    def takes(self, cell: Any, medium: Medium) -> bool:
-        """Whether the medium of a cell goes into the folder."""
-        return self.fetch or not (isinstance(cell, str) and "://" in described(medium))
+    def takes(self, medium: Medium) -> bool:
+        """Whether a medium goes into the folder."""
+        return self.fetch or not url_of(medium)
 
     def name(self, medium: Medium, kind: str, content: bytes) -> str:
         """Where a medium of this content goes, relative to the folder: ``media/3f/talk7-3f….flac``."""

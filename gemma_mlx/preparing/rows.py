@@ -66,11 +66,11 @@ class Source:
                 found[column] = kind
         return found
 
-    def media(self, row: Row) -> list[tuple[Address, str, Any, Medium]]:
-        """(address in the `normal` row, kind, cell, medium) of every medium of a row."""
+    def media(self, row: Row) -> list[tuple[Address, str, Medium]]:
+        """(address in the `normal` row, kind, medium) of every medium of a row."""
         columns = self.media_columns(row.values)
         cells = media_cells(normal(row.values, columns), columns)
-        return [(at, kind, cell, medium_of(cell, self.folders, str(at[0]), row.where)) for at, kind, cell in cells]
+        return [(at, kind, medium_of(cell, self.folders, str(at[0]), row.where)) for at, kind, cell in cells]
 
 
 class Rows:

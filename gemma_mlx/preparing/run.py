@@ -16,7 +16,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.preparing import reports
 from gemma_mlx.preparing.cells import exchanged, normal
 from gemma_mlx.preparing.check import Checker
-from gemma_mlx.preparing.convert import MEDIA, Placer
+from gemma_mlx.preparing.convert import MEDIA, Placer, url_of
 from gemma_mlx.preparing.lengths import TokenCount, counted, estimated
 from gemma_mlx.preparing.rows import Rows, Source
 from gemma_mlx.preparing.split import assign
@@ -89,8 +89,8 @@ def prepare(
         reporter: is told about progress.
 
     Returns:
-        What report.json holds, and the first bad rows as ``where: reason``. Rows are written only where there are none
-        or they are to be skipped.
+        What report.json holds, and the first bad rows as ``where: reason``. Rows are written, and "written" says so,
+        where there are no bad ones or they are to be skipped, and there are good ones.
 
     Raises:
         InputError: an option that does not go with these data.
@@ -113,7 +113,7 @@ def prepare(
             for name, rows in tables.items()
         }
     report = _report(tables, tallies, options, place.path)
-    whole = options.skip_bad or not bad.count
+    whole = (options.skip_bad or not bad.count) and all(1 in tally.good for tally in tallies.values())
     if placer and whole:
         report["written"] = _written(tables, tallies, placer, options, reporter)
     if not whole or options.embed:
@@ -196,8 +196,6 @@ def _written(
     for name, rows in tables.items():
         tally = tallies[name]
         good = np.flatnonzero(np.frombuffer(bytes(tally.good), np.uint8))
-        if not len(good):
-            raise InputError(f"{rows.name}: no good row to write; see the list of bad rows of a run without --write")
         parts = {name: good}
         if options.split:
             splits = assign(tally.key("group")[good], dict(options.split), options.seed)
@@ -241,15 +239,15 @@ class _Output:
     def _values(self, source: Source, row: Row, index: int, with_bytes: bool) -> Values:
         contents = self._tally.content(index)
         new = {}
-        for (address, kind, cell, medium), content in zip(source.media(row), contents, strict=True):
+        for (address, kind, medium), content in zip(source.media(row), contents, strict=True):
             if self._embed and len(address) > 2:
                 told = f"{row.where}: {address[0]}"
                 raise InputError(f"{told}: media inside messages are not embedded; leave --embed out")
-            if self._placer.takes(cell, medium):
+            if self._placer.takes(medium):
                 name = self._placer.name(medium, kind, content)
                 new[address] = self._held(name, with_bytes) if self._embed else name
-            elif isinstance(cell, str) and "://" not in cell and not isinstance(medium, Path):
-                new[address] = medium.name  # relative to a URL
+            else:  # a path relative to a URL would lead elsewhere from here
+                new[address] = url_of(medium)
         if not new:
             return row.values
         used = source.media_columns(row.values)

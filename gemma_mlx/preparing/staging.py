@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from gemma_mlx.errors import InputError
 
@@ -15,6 +17,7 @@ REPORTS = frozenset({"report.json", "bad_rows.csv", "duplicates.csv", "token_len
 same command given again."""
 DOWNLOADS = "downloads"
 _LOCK = "lock"
+_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Staging:
@@ -90,16 +93,25 @@ def staging(out: Path) -> Iterator[Staging]:
     out = Path(out).absolute()
     check_out(out)
     made = Staging(out)
-    made.path.mkdir(exist_ok=True)
-    with (made.path / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {out}: another process is preparing it ({made.path}); wait for its end") from None
-        made.clear()
-        try:
-            yield made
-        finally:
+    try:
+        made.path.mkdir(exist_ok=True)
+        with (made.path / _LOCK).open("w") as lock:
+            _take(lock, made)
             made.clear()
-            if not made.kept():
-                shutil.rmtree(made.path)
+            try:
+                yield made
+            finally:
+                made.clear()
+                if not made.kept():
+                    shutil.rmtree(made.path)
+    except OSError as e:
+        if e.errno not in _THE_DISK:
+            raise
+        raise InputError(f"--out {out}: cannot be written ({e.strerror})") from None
+
+
+def _take(lock: TextIO, made: Staging) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"--out {made.out}: another process is preparing it ({made.path}); wait for its end") from None

@@ -4,7 +4,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from prepared_rows import read_csv, table
+from prepared_rows import read_csv, read_jsonl, table
 
 from gemma_mlx.data.dataset import read_examples
 
@@ -130,3 +130,15 @@ def test_urls_stay_where_they_are_unless_asked_for(server, folder, run, tmp_path
     assert run(path, "--out", tmp_path / "p", *flags, "--convert", "flac")[0] == 0
     assert [row["audio_path"][-5:] for row in read_csv(tmp_path / "p" / "train.csv")] == [".flac"] * 2
     assert len(sent) == 1
+
+
+def test_relative_paths_of_a_table_far_away_become_urls(server, folder, run, tmp_path):
+    host, _ = server
+    table(folder / "t.csv", [{"audio_path": "a.wav", "text": "x"}, {"audio_path": "nowhere.wav", "text": "y"}])
+    flags = ("--media-cache-dir", tmp_path / "cache", "--on-bad-row", "skip")
+    code, _, err = run(f"http://{host}/t.csv", "--out", tmp_path / "o", "--write", "jsonl", *flags)
+    assert code == 0, err
+    (example,) = read_jsonl(tmp_path / "o" / "train.jsonl")
+    assert example["audio_path"] == f"http://{host}/a.wav"
+    (bad,) = read_csv(tmp_path / "o" / "bad_rows.csv")
+    assert bad["where"] == f"http://{host}/t.csv:3"

@@ -84,6 +84,24 @@ def test_every_bad_row_is_listed_with_its_line_and_reason(folder, run, tmp_path)
     assert [row["id"] for row in read_csv(tmp_path / "o" / "train.csv")] == ["1", "9"]
 
 
+def test_all_rows_bad(folder, run, tmp_path):
+    path = table(folder / "t.csv", [{"audio_path": "nowhere.wav", "text": "x"}])
+    code, _, err = run(path, "--out", tmp_path / "o", "--write", "csv", "--on-bad-row", "skip")
+    assert code == 2 and "no good row" in err
+    assert len(read_csv(tmp_path / "o" / "bad_rows.csv")) == 1 and not (tmp_path / "o" / "train.csv").exists()
+
+
+def test_a_bad_row_leaves_no_media_behind(folder, run, tmp_path):
+    rows = [
+        {"image_path": "p.png", "audio_path": "damaged.wav", "answer": "x"},
+        {"image_path": "q.png", "audio_path": "a.wav", "answer": "y"},
+    ]
+    path = table(folder / "t.csv", rows)
+    assert run(path, "--out", tmp_path / "o", "--write", "csv", "--on-bad-row", "skip")[0] == 0
+    stems = sorted(p.name.split("-")[0] for p in (tmp_path / "o" / "media").rglob("*.*"))
+    assert stems == ["a", "q"]
+
+
 def test_only_decoding_finds_damage_that_headers_hide(folder, run, tmp_path):
     Image.open(folder / "q.png").save(folder / "q.jpg", quality=95)
     whole = (folder / "q.jpg").read_bytes()

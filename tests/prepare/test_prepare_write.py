@@ -1,5 +1,6 @@
 """What prepare writes, read again by soundfile, pyarrow, `datasets` and this library, beside the originals."""
 
+import base64
 import json
 import tarfile
 
@@ -252,3 +253,20 @@ def test_originals_are_untouched(rows, folder, run, tmp_path):
     for i, flags in enumerate((["--write", "csv"], ["--convert", "flac"], ["--embed"])):
         assert run(rows, "--out", tmp_path / str(i), *flags)[0] == 0
     assert {p.name: (p.read_bytes(), p.stat().st_mode) for p in folder.iterdir()} == before
+
+
+def test_headers_alone_are_enough_to_write(rows, run, tmp_path):
+    assert run(rows, "--out", tmp_path / "o", "--headers-only", "--split", "0.6", "--write", "jsonl")[0] == 0
+    written = [read_examples(tmp_path / "o" / f"{name}.jsonl") for name in ("train", "valid")]
+    assert sorted(e.row_id for part in written for e in part) == ["1", "2", "3", "4", "5"]
+    assert read_json(tmp_path / "o" / "report.json")["media_compared_by"] == "name"
+
+
+def test_media_written_into_a_row_become_files(folder, run, tmp_path):
+    data = (folder / "a.wav").read_bytes()
+    row = {"audio_path": f"data:audio/wav;base64,{base64.b64encode(data).decode()}", "text": "x"}
+    (folder / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(folder / "t.jsonl", "--out", tmp_path / "o", "--write", "csv")[0] == 0
+    (written,) = read_csv(tmp_path / "o" / "train.csv")
+    assert (tmp_path / "o" / written["audio_path"]).read_bytes() == data
+    assert written["audio_path"].endswith(".wav")
