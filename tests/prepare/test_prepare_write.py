@@ -270,3 +270,16 @@ def test_media_written_into_a_row_become_files(folder, run, tmp_path):
     (written,) = read_csv(tmp_path / "o" / "train.csv")
     assert (tmp_path / "o" / written["audio_path"]).read_bytes() == data
     assert written["audio_path"].endswith(".wav")
+
+
+def test_patches_are_in_what_is_written(rows, folder, run, tmp_path):
+    for name, content in {
+        "delete": "id\n2\n",
+        "override_text_verbatim": "id,text_verbatim\n1.0,corrected\n",
+    }.items():
+        (tmp_path / "patches" / name).mkdir(parents=True)
+        (tmp_path / "patches" / name / "x.csv").write_text(content)
+    code, _, err = run(rows, "--out", tmp_path / "o", "--write", "csv", "--patches", tmp_path / "patches")
+    assert code == 0, err
+    written = read_csv(tmp_path / "o" / "train.csv")
+    assert [(row["id"], row["text"]) for row in written][:2] == [("1", "corrected"), ("3", "line\nbreak")]
