@@ -130,8 +130,6 @@ class Patches:
             InputError: naming `where`, the row's file:line: a patch replaces the text that is learnt with nothing.
         """
         key = normal_id(values.get(self.id_column))
-        if not key:
-            return values
         if self.leaves_out(key):
             return None
         new, source = values, ""

@@ -464,3 +464,14 @@ def test_a_limit_of_tokens_acts_on_text_alone(project):
     ini = project(f"{said}[profile:told]\n{text}{said}", header=[*ODD, "text_perfect"], rows=[[*ODD_ROW, "x"]])
     assert any("max_seq_length = 512: cut there long prompts" in line for line in read_profile(ini, "told")[1])
     assert any("max_seq_length = 512: had no effect on training" in line for line in read_profile(ini, "plain")[1])
+
+
+def test_columns_of_media_that_a_modality_does_not_read_are_no_mistake(project):
+    ini = project(
+        "[profile:told]\nmodel = small\ndataset = notes\nmodality = text\nprompt_column = said\ntext_column = text\n",
+        header=["id", "said", "text", "wav", "img"],
+        rows=[["1", "p", "t", "a.wav", "a.png"]],
+    )
+    options, _ = read_profile(ini, "told")
+    (row,) = read_rows(options)
+    assert parts(row) == [["p"], ["t"]]
