@@ -585,20 +585,24 @@ def test_download_that_is_just_being_published_is_not_begun_again(folder, monkey
     assert got == [content("https://h/a", 600)] and not calls and check_books(cache) == (600, 600)
 
 
-def test_part_that_was_published_before_its_lock_was_taken_is_left_alone(folder, monkeypatch):
+@pytest.mark.parametrize("published", [True, False])
+def test_part_that_ended_before_its_lock_was_taken_is_left_alone(folder, monkeypatch, published):
     cache, other, calls = Cache(folder, 10_000), Cache(folder, 10_000), []
     locked = cache_module._locked
 
     def late(handle):
         monkeypatch.setattr(cache_module, "_locked", locked)
-        (folder / "00").mkdir(exist_ok=True)
-        get(other, "https://h/a", 600)
+        if published:
+            get(other, "https://h/a", 600)
+        else:
+            with pytest.raises(SourceError):
+                other.get("https://h/a", "1", 600, filled(b"short"))
         return locked(handle)
 
     monkeypatch.setattr(cache_module, "_locked", late)
     part = cache._part(_key("https://h/a", "1"))
-    assert get(cache, "https://h/a", 600, calls=calls) == content("https://h/a", 600) and not calls
-    assert not part.exists() and check_books(cache) == (600, 600)
+    assert get(cache, "https://h/a", 600, calls=calls) == content("https://h/a", 600)
+    assert len(calls) == (not published) and not part.exists() and check_books(cache) == (600, 600)
 
 
 def test_readers_do_not_wait_for_each_other(folder):

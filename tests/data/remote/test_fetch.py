@@ -491,8 +491,9 @@ def test_failed_range_fails_the_object(store, fetcher_of, monkeypatch, fault):
     read, store.pause = store.read, 0.02
 
     def faulty(url, stat=None, start=0, end=None):
-        if start == PART:
+        if start == 0:
             yield b"x" * 1000
+            waited(lambda: len(store.active) == 2)
             if fault == "fails":
                 raise SourceError("gs://b/large: the server failed")
         else:
