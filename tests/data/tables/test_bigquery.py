@@ -244,6 +244,17 @@ def test_progress_counts_rows_up_to_the_expected_number(bq, tmp_path):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_rows_come_through_the_tables_door(bq, tmp_path, monkeypatch):
+    from gemma_mlx.data.sources.opening import open_table
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bq.queries["SELECT 1 ORDER BY 1"] = Query(TABLE)
+    table = open_table("bq://p/SELECT 1 ORDER BY 1")
+    assert len(table) == ROWS and [table[i].values["text"] for i in (0, 94)] == ["row 0", "row 94"]
+    assert open_table("bq://p/SELECT 1 ORDER BY 1").fingerprint() == table.fingerprint() and bq.ran() == 1
+
+
 # faults
 
 
@@ -254,6 +265,13 @@ def test_a_broken_stream_goes_on_from_its_row(bq, tmp_path, code, streams):
     got = ids(snapshot(f"bq://{TABLE}", tmp_path, streams=streams))
     assert got == [(got[0] + i) % ROWS for i in range(ROWS)]
     assert len(bq.sessions) == 1 and {offset for _, offset in bq.reads} >= {0, 20}
+
+
+def test_a_stream_that_breaks_often_but_goes_on_is_read_to_its_end(bq, tmp_path, monkeypatch):
+    monkeypatch.setattr(bigquery_read, "PATIENCE_S", 0.25)
+    bq.faults = Faults(break_after=1)
+    assert ids(snapshot(f"bq://{TABLE}", tmp_path, streams=1)) == list(range(ROWS))
+    assert [offset for _, offset in bq.reads] == list(range(0, ROWS, 10))
 
 
 def test_a_stalled_stream_is_asked_again(bq, tmp_path, monkeypatch):
