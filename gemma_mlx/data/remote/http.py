@@ -135,8 +135,8 @@ class _Reading:
         except InputError:
             return "gone"
 
-    def _changed(self, now: str) -> SourceError:
-        before = _named(self._stat or Stat(None, ""))
+    def _changed(self, now: str, before: str = "") -> SourceError:
+        before = before or _named(self._stat or Stat(None, ""))
         return SourceError(
             f"{self._told} changed during the run ({before} before, now {now}); start again, and leave it as it is"
         )
@@ -149,7 +149,7 @@ class _Reading:
                 chunk, skip = chunk[skip:], max(0, skip - len(chunk))
                 wanted = chunk if stop is None else chunk[: stop - at]
                 if len(wanted) < len(chunk) and self._stat and stop == self._stat.size:
-                    raise self._changed("longer")
+                    raise self._changed("more", f"{stop} bytes")
                 if wanted:
                     at += len(wanted)
                     yield wanted

@@ -253,7 +253,7 @@ ANSWERS = {
     "long header": b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000 + b"\r\n\r\n",
     "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
     "cut chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nabc",
-    "other bytes": b"HTTP/1.1 206 OK\r\nContent-Length: 3\r\nContent-Range: bytes 5-7/9\r\n\r\nabc",
+    "other bytes": b"HTTP/1.1 206 OK\r\nContent-Length: 3\r\nContent-Range: bytes 2-4/4\r\n\r\nabc",
     "odd range": b"HTTP/1.1 206 OK\r\nContent-Length: 3\r\nContent-Range: bytes x-\xb2/" + b"9" * 5000 + b"\r\n\r\nabc",
     "refused range": b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n\r\n",
     "odd redirect": b"HTTP/1.1 302 Go\r\nContent-Length: 0\r\nLocation: http://[::1\x1b[31m\r\n\r\n",
@@ -269,7 +269,7 @@ SENSIBLE = {  # what can be made of some: the stat, the bytes from 1 on
     "other length": (Stat(None, ""), b"bc"),
     "bad chunks": (Stat(None, ""), None),
     "cut chunks": (Stat(None, ""), None),
-    "other bytes": (Stat(9, ""), None),
+    "other bytes": (Stat(4, ""), None),
     "odd range": (Stat(None, ""), None),
     "odd version": (Stat(4, "ETag sha256:" + hashlib.sha256('"\x1b[31m\xe9"'.encode()).hexdigest()), None),
 }
@@ -353,9 +353,10 @@ def test_a_forked_process_has_its_own_connections(web, data):
     """Parent and child read at once through one store made before the fork."""
     code = f"""
 import os, hashlib, sys
+from gemma_mlx.data.remote.retry import RetryPolicy
 from gemma_mlx.data.remote.stores import store_of
 url = {web.url + "/clip.bin"!r}
-store = store_of(url, [{web.address!r}])
+store = store_of(url, [{web.address!r}], RetryPolicy(attempts=1))
 store.stat(url)
 child = os.fork()
 digests = {{hashlib.sha256(b"".join(store.read(url))).hexdigest() for _ in range(20)}}
@@ -387,3 +388,12 @@ def test_only_urls_of_known_schemes_have_a_store():
 def test_a_stat_may_know_nothing(store, web, data):
     assert joined(store.read(web.url + "/clip.bin", Stat(None, ""))) == data
     assert joined(store.read(web.url + "/clip.bin", Stat(SIZE, ""), SIZE + 5)) == b""
+
+
+def test_a_body_of_another_length_than_promised(folder, data, quick):
+    with FileServer(folder, no_lengths=True) as server:
+        store, url = HttpStore([server.address], quick), server.url + "/clip.bin"
+        message = refusal(lambda: joined(store.read(url, Stat(SIZE + 5, ""))), SourceError)
+        assert message.startswith(url)
+        message = refusal(lambda: joined(store.read(url, Stat(SIZE - 5, ""))), SourceError)
+        assert message.startswith(f"{url} changed during the run ({SIZE - 5} bytes before, now more)")
