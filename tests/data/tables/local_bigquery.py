@@ -50,7 +50,9 @@ def install():
     subprocess.run([python, "-m", "venv", "--clear", HOME], check=True)
     subprocess.run([PYTHON, "-m", "pip", "install", "-q", *PACKAGES], check=True)
     # DuckDB looks for extensions in ~/.duckdb of the HOME that the emulator is started with.
-    folder = HOME / ".duckdb" / "extensions" / "v1.5.5" / "linux_amd64"
+    ask = "import duckdb; print(duckdb.sql('PRAGMA platform').fetchone()[0])"
+    platform = subprocess.run([PYTHON, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+    folder = HOME / ".duckdb" / "extensions" / "v1.5.5" / platform
     folder.mkdir(parents=True)
     for file in HOME.glob("lib/python3.13/site-packages/duckdb_extension_*/extensions/v1.5.5/*.duckdb_extension"):
         shutil.copy(file, folder)
