@@ -17,6 +17,7 @@ from gemma_mlx.data.sources.table import Row, Table
 from gemma_mlx.errors import InputError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ROW_BYTES = 512
 KINDS = ("image", "video", "audio")
 
 
@@ -29,6 +30,8 @@ class FolderTable:
     - Else, where there are texts: ``clip.wav`` and ``clip.txt`` are a row with ``audio_path`` and ``text`` (line breaks
       at its end taken off); ``clip.png`` beside them is the row's ``image_path``. In the byte order of paths.
     - Else, where all media lie in folders of at least two names: the folder's name is the ``label``.
+
+    Where metadata are read by stretches, `units` and ``unit_bytes`` are those of their files.
 
     Media paths are relative to the folder, to be found there by `gemma_mlx.data.places.Folders`.
 
@@ -64,6 +67,8 @@ class FolderTable:
             self._rows = _Classes(self.name, media, kinds)
         self.columns: tuple[str, ...] = self._rows.columns
         self.units: Sequence[int] | None = self._rows.units
+        if isinstance(self._rows, _Described) and self.units is not None:
+            self.unit_bytes: list[int] = self._rows.unit_bytes
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,6 +126,7 @@ class _Described:
         tables = self._tables
         by_stretch = any(table.units is not None for table in tables)
         self.units = [n for t in tables for n in (t.units or [len(t)])] if by_stretch else None
+        self.unit_bytes = [size for table in tables for size in _unit_bytes(table)]
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -148,6 +154,13 @@ class _Described:
     def identity(self) -> bytes:
         parts = [f"{at}\0{table.fingerprint()}" for at, table in zip(self._folders, self._tables, strict=True)]
         return "\0".join(parts).encode()
+
+
+def _unit_bytes(table: Table) -> list[int]:
+    """Bytes of each stretch of a table; of one that is read row by row, about."""
+    if table.units is None:
+        return [len(table) * _ROW_BYTES]
+    return list(getattr(table, "unit_bytes", [rows * _ROW_BYTES for rows in table.units]))
 
 
 def _metadata_table(path: Path, name: str) -> Table:

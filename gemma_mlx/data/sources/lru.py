@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
@@ -19,11 +19,11 @@ class ByteLru(Generic[T]):
 
     def __init__(self, most: int, size: Callable[[T], int]):
         self._most, self._size = most, size
-        self._kept: OrderedDict[int, Future[T]] = OrderedDict()
-        self._sizes: dict[int, int] = {}
+        self._kept: OrderedDict[Hashable, Future[T]] = OrderedDict()
+        self._sizes: dict[Hashable, int] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: int, make: Callable[[int], T]) -> T:
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key; what `make` raises goes to all who wait, and the next one tries again."""
         with self._lock:
             future = self._kept.get(key)
@@ -36,9 +36,9 @@ class ByteLru(Generic[T]):
             self._make(key, future, make)
         return future.result()
 
-    def _make(self, key: int, future: Future[T], make: Callable[[int], T]) -> None:
+    def _make(self, key: Hashable, future: Future[T], make: Callable[[], T]) -> None:
         try:
-            value = make(key)
+            value = make()
         except BaseException as e:
             with self._lock:
                 del self._kept[key]

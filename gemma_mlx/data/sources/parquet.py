@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 from gemma_mlx.data.sources.arrow_cells import ArrowCells, features_of, holds_bytes, microseconds
 from gemma_mlx.data.sources.digests import ends_digest
 from gemma_mlx.data.sources.lru import ByteLru
+from gemma_mlx.data.sources.spill import spilled
 from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError, SourceError
 
@@ -20,10 +23,13 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 CACHE_BYTES = 256 << 20
-"""Decoded row groups that are kept; as much as rows are shuffled among, or groups would be decoded again and again."""
+"""Decoded row groups that are kept, of all files together; as much as rows are shuffled among, or groups would be
+decoded again and again."""
 WHOLE_BYTES = 128 << 20
 """A file without media whose columns take no more than this is decoded whole."""
-MOST_GROUP_BYTES = 2 << 30
+SPILLED_BYTES = 512 << 20
+"""A larger row group is decoded once, onto the disk."""
+_PIECE_BYTES = 32 << 20
 _BATCH = 1 << 17
 """Rows decoded at a time."""
 _READ_BYTES = 1 << 20
@@ -36,7 +42,8 @@ class ParquetTable:
 
     Cells are as in `gemma_mlx.data.sources.cells.cell`; classes that `datasets` noted in the file become their names.
     A file without binary columns that is not large is decoded whole when its first row is asked for; of any other,
-    row groups are decoded as they are needed and kept up to `cache_bytes`, and one at least.
+    row groups are decoded as they are needed and kept up to a number of bytes, and one at least. Row groups of more
+    than `SPILLED_BYTES` are decoded into a file of the cache folder (see `gemma_mlx.data.sources.spill`).
 
     Attributes:
         units: rows of each row group, or None where the file is decoded whole.
@@ -46,15 +53,24 @@ class ParquetTable:
         path: the file.
         name: what messages call it; the path if None.
         base: where relative media paths start; the file's folder if None.
-        cache_bytes: see above.
+        whole_bytes: the most that a file may take to be decoded whole; who opens many together divides it by them.
+        cache_bytes: for row groups of this table; None to share `CACHE_BYTES` with all others.
 
     Raises:
-        InputError: missing, truncated, damaged, encrypted or no Parquet file; no rows; a column twice or nameless; row
-            groups of more than `MOST_GROUP_BYTES`; while reading, a damaged group or what `ArrowCells.values` refuses.
-        SourceError: while reading, the file is no longer the one that was opened.
+        InputError: missing, truncated, damaged, encrypted or no Parquet file; no rows; a column twice or nameless;
+            while reading, a damaged group or what `ArrowCells.values` refuses.
+        SourceError: while reading, the file is no longer the one that was opened, or the disk has no room.
     """
 
-    def __init__(self, path: Path, name: str | None = None, base: str | None = None, *, cache_bytes: int = CACHE_BYTES):
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        base: str | None = None,
+        *,
+        whole_bytes: int = WHOLE_BYTES,
+        cache_bytes: int | None = None,
+    ):
         self.path, self.name = path, name if name is not None else str(path)
         self.base = base if base is not None else str(path.parent)
         self._meta, self._stamp = _metadata(path, self.name)
@@ -66,13 +82,15 @@ class ParquetTable:
         # (number, rows, bytes) of those that have rows
         self._groups = [(i, g.num_rows, g.total_byte_size) for i, g in enumerate(groups) if g.num_rows]
         self._first = [0, *accumulate(rows for _, rows, _ in self._groups)]
-        whole = sum(size for _, _, size in self._groups) <= WHOLE_BYTES
+        self._check_groups()
+        whole = sum(size for _, _, size in self._groups) <= whole_bytes
         self._whole = whole and not any(holds_bytes(field.type) for field in schema)
         self.units: Sequence[int] | None = None if self._whole else [rows for _, rows, _ in self._groups]
         self.unit_bytes: list[int] = [size for _, _, size in self._groups]
         self._dictionaries = [name for name in self.columns if self._repeats(name)]
-        self._decoded: ByteLru[tuple[int, list[pa.ChunkedArray]]] = ByteLru(cache_bytes, lambda value: value[0])
-        self._check_groups()
+        self._mine: _Decoded = ByteLru(sys.maxsize, _bytes_of)
+        self._shared: _Decoded = _SHARED if cache_bytes is None else ByteLru(cache_bytes, _bytes_of)
+        self._key = object()
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -82,7 +100,8 @@ class ParquetTable:
             raise IndexError(index)
         where = f"{self.name}:{index + 1}"
         unit = 0 if self._whole else bisect_right(self._first, index) - 1
-        _, arrays = self._decoded.get(unit, self._decode)
+        cache = self._mine if self._whole or self.unit_bytes[unit] > SPILLED_BYTES else self._shared
+        _, arrays = cache.get((self._key, unit), partial(self._decode, unit))
         return Row(self._cells.values(arrays, index - self._first[unit], where), where)
 
     def fingerprint(self) -> str:
@@ -105,12 +124,6 @@ class ParquetTable:
     def _check_groups(self) -> None:
         if len(self) != self._meta.num_rows or any(rows < 0 for _, rows, _ in self._groups):
             raise InputError(f"{self.name}: damaged: its row groups do not add up to its rows; download it again")
-        largest = max(self.unit_bytes)
-        if largest > MOST_GROUP_BYTES:
-            raise InputError(
-                f"{self.name}: a row group of {largest / 2**30:.1f} GiB, which must be decoded at once; at most "
-                f"{MOST_GROUP_BYTES >> 30} GiB are: write it again with row_group_size=100 (media) or 10000 (text)"
-            )
 
     def _repeats(self, column: str) -> bool:
         """Whether a text column is stored as references into a dictionary, and is best kept so."""
@@ -121,8 +134,12 @@ class ParquetTable:
             return False
         of_group = self._meta.row_group(0)
         chunks = [of_group.column(i) for i in range(of_group.num_columns)]
-        chunk = next(chunk for chunk in chunks if chunk.path_in_schema == column)
-        return chunk.has_dictionary_page and chunk.total_uncompressed_size < _INDICES * chunk.num_values
+        return any(
+            chunk.path_in_schema == column
+            and chunk.has_dictionary_page
+            and chunk.total_uncompressed_size < _INDICES * chunk.num_values
+            for chunk in chunks
+        )
 
     def _decode(self, unit: int) -> tuple[int, list[pa.ChunkedArray]]:
         """(bytes, columns) of a row group, or of the whole file."""
@@ -144,10 +161,16 @@ class ParquetTable:
         """Row groups by batches: decoders then need little memory beside the result, and give it back."""
         import pyarrow as pa
 
+        file = self._file()
+        rows, size = (sum(group[at] for group in self._groups if group[0] in numbers) for at in (1, 2))
+        if size > SPILLED_BYTES and not self._whole:
+            batches = file.iter_batches(max(1, rows * _PIECE_BYTES // size), row_groups=numbers, use_threads=False)
+            return microseconds(spilled(batches, file.schema_arrow, self.name))
         batches = []
-        for batch in self._file().iter_batches(_BATCH, row_groups=numbers, use_threads=False):
+        for batch in file.iter_batches(_BATCH, row_groups=numbers, use_threads=False):
             batches.append(batch)
             pa.default_memory_pool().release_unused()
+        del file
         pa.default_memory_pool().release_unused()  # the reader's own
         return microseconds(pa.Table.from_batches(batches))
 
@@ -194,6 +217,14 @@ def _metadata(path: Path, name: str) -> tuple[pq.FileMetaData, tuple[int, int]]:
     except Exception as e:  # see `_decode`
         raise InputError(f"{name}: its footer is damaged ({_short(e)}); download it again") from None
     return meta, (stat.st_size, stat.st_mtime_ns)
+
+
+def _bytes_of(decoded: tuple[int, list[pa.ChunkedArray]]) -> int:
+    return decoded[0]
+
+
+_Decoded = ByteLru[tuple[int, "list[pa.ChunkedArray]"]]
+_SHARED: _Decoded = ByteLru(CACHE_BYTES, _bytes_of)
 
 
 def _short(error: Exception) -> str:

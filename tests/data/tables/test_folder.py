@@ -13,6 +13,7 @@ from PIL import Image
 
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.folder import FolderTable
+from gemma_mlx.data.sources.parquet import ParquetTable
 from gemma_mlx.errors import InputError
 
 
@@ -110,7 +111,11 @@ def test_stretches_of_a_parquet_file_remain(tmp_path):
     lay(tmp_path, {"1.png": PNG})
     columns = {"file_name": ["1.png"] * 10, "raw": [b"\xff"] * 10}
     pq.write_table(pa.table(columns), tmp_path / "metadata.parquet", row_group_size=4)
-    assert list(FolderTable(tmp_path).units) == [4, 4, 2]
+    lay(tmp_path, {"x/metadata.csv": "file_name\n1.png\n", "y/metadata.jsonl": '{"file_name": "a.wav"}\n'})
+    table, sizes = FolderTable(tmp_path), ParquetTable(tmp_path / "metadata.parquet").unit_bytes
+    assert list(table.units) == [4, 4, 2, 1, 1] and sum(table.units) == len(table)
+    assert table.unit_bytes == [*sizes, 512, 512]
+    assert not hasattr(FolderTable(lay(tmp_path / "x", {"1.png": PNG})), "unit_bytes")
 
 
 @pytest.fixture(scope="module")

@@ -97,8 +97,8 @@ def test_kept_groups_stay_within_their_bytes(clips):
     table = ParquetTable(path, cache_bytes=150_000)
     for i in range(1_000):
         table[i]
-    kept = table._decoded._sizes
-    assert sum(kept.values()) <= 150_000 and 1 < len(kept) < 16 and 15 in kept
+    kept = table._shared._sizes
+    assert sum(kept.values()) <= 150_000 and 1 < len(kept) < 16 and (table._key, 15) in kept
 
 
 def test_numbers_and_the_rest_are_text_as_in_a_csv(tmp_path):
@@ -326,13 +326,67 @@ def test_text_that_is_not_utf8_names_its_row(tmp_path):
         table[1]
 
 
-def test_group_limits(tmp_path, monkeypatch):
+def test_large_files_are_read_by_row_group(tmp_path):
     path = write(tmp_path / "a.parquet", {"text": ["x" * 100] * 1_000}, row_group_size=500, use_dictionary=False)
-    monkeypatch.setattr(parquet, "WHOLE_BYTES", 50_000)
-    assert list(ParquetTable(path).units) == [500, 500]
-    monkeypatch.setattr(parquet, "MOST_GROUP_BYTES", 1_000)
-    with pytest.raises(InputError, match="write it again with row_group_size"):
-        ParquetTable(path)
+    assert ParquetTable(path).units is None
+    assert list(ParquetTable(path, whole_bytes=50_000).units) == [500, 500]
+
+
+def test_all_tables_share_one_cache(clips, monkeypatch):
+    monkeypatch.setattr(parquet, "_SHARED", parquet.ByteLru(150_000, parquet._bytes_of))
+    tables = [ParquetTable(clips[0]) for _ in range(5)]
+    for i in range(1_000):
+        for table in tables:
+            assert table[i].values == expected(*(clips[0], i, clips[1][i]))[0]
+    assert 0 < sum(parquet._SHARED._sizes.values()) <= 150_000
+
+
+def test_row_groups_too_large_for_memory_go_to_the_disk(clips, tmp_path, monkeypatch):
+    """Each is decoded once, into a file that no folder shows; rows are the same, from any thread."""
+    path, rows = clips
+    repeated = write(tmp_path / "a.parquet", pq.read_table(path), row_group_size=500)
+    monkeypatch.setattr(parquet, "SPILLED_BYTES", 100_000)
+    monkeypatch.setattr(parquet, "_PIECE_BYTES", 20_000)
+    monkeypatch.setattr("gemma_mlx.data.sources.spill.cache_folder", lambda: tmp_path / "cache")
+    made, real = [], parquet.spilled
+    monkeypatch.setattr(parquet, "spilled", lambda *args: made.append(real(*args)) or made[-1])
+    table = ParquetTable(repeated, cache_bytes=0)
+
+    def read(seed):
+        order = random.Random(seed).sample(range(1_000), 300)
+        return all(table[i].values == expected(repeated, i, rows[i])[0] for i in order)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(8)))
+    assert len(made) == 2 and made[0].column(0).num_chunks > 10 and not list((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_is_told(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "SPILLED_BYTES", 1_000)
+    monkeypatch.setattr("gemma_mlx.data.sources.spill.cache_folder", lambda: tmp_path)
+
+    class Full:
+        def __init__(self, **_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def flush(self):
+            pass
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    with pytest.raises(SourceError, match=r"cannot be unpacked into .* \(No space left on device\); make room"):
+        ParquetTable(clips[0])[0]
+    monkeypatch.setattr("gemma_mlx.data.sources.spill.cache_folder", lambda: clips[0] / "below a file")
+    with pytest.raises(SourceError, match="make it writable"):
+        ParquetTable(clips[0])[0]
 
 
 def test_fingerprint_survives_copying_and_notices_changes(clips, tmp_path):
