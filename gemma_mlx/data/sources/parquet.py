@@ -165,7 +165,10 @@ class ParquetTable:
         rows, size = (sum(group[at] for group in self._groups if group[0] in numbers) for at in (1, 2))
         if size > SPILLED_BYTES and not self._whole:
             batches = file.iter_batches(max(1, rows * _PIECE_BYTES // size), row_groups=numbers, use_threads=False)
-            return microseconds(spilled(batches, file.schema_arrow, self.name))
+            table = spilled(batches, file.schema_arrow, self.name)
+            del file, batches
+            pa.default_memory_pool().release_unused()
+            return microseconds(table)
         batches = []
         for batch in file.iter_batches(_BATCH, row_groups=numbers, use_threads=False):
             batches.append(batch)

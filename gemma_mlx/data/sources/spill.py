@@ -38,6 +38,7 @@ def spilled(batches: Iterable[pa.RecordBatch], schema: pa.Schema, told: str) -> 
         with pa.ipc.new_stream(kept, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
+                pa.default_memory_pool().release_unused()
         file.flush()
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()

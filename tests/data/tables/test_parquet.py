@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from gemma_mlx.data.blob import Embedded
 from gemma_mlx.data.sources import parquet
 from gemma_mlx.data.sources.cells import sniffed
+from gemma_mlx.data.sources.jsonl import JsonlTable
+from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.sources.parquet import ParquetTable
 from gemma_mlx.errors import InputError, SourceError
 
@@ -141,6 +144,23 @@ def test_numbers_and_the_rest_are_text_as_in_a_csv(tmp_path):
         "view": "d",
     }
     assert second.values["raw"].data == b"\xff\x00\x13"  # neither text nor a known medium
+
+
+def test_rows_equal_those_of_the_csv_and_jsonl_that_pyarrow_and_json_write(tmp_path):
+    rng = random.Random(4)
+    columns = {
+        "id": [rng.randrange(-(1 << 40), 1 << 40) for _ in range(50)],
+        "seconds": [rng.randrange(1_000) + rng.choice((0.5, 1 / 3, 0.1)) for _ in range(50)],
+        "flag": [rng.random() < 0.5 for _ in range(50)],
+        "text": [rng.choice(('a, "b"', "two\nlines", "é 日本", "plain")) for _ in range(50)],
+    }
+    table = pa.table(columns)
+    pyarrow.csv.write_csv(table, tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    from_parquet = [row.values for row in ParquetTable(write(tmp_path / "a.parquet", table))]
+    assert [row.values for row in CsvTable(tmp_path / "a.csv")] == from_parquet
+    from_json = JsonlTable(tmp_path / "a.jsonl")
+    assert [from_json[i].values for i in range(50)] == from_parquet
 
 
 def test_lists_and_structs_stay(tmp_path):
@@ -402,6 +422,8 @@ MILLION = """
 import random, sys, time
 from pathlib import Path
 import pyarrow.parquet
+from gemma_mlx.data.sources.jsonl import JsonlTable
+from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.sources.parquet import ParquetTable
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
