@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -168,8 +167,3 @@ def label_of(value: Any, names: list[str], where: str, column: str) -> Any:
     if not isinstance(value, int) or not 0 <= value < len(names):
         raise InputError(f"{where}: {column!r} is class {value}; the file names {len(names)} classes")
     return names[value]
-
-
-def extension(path: str) -> str:
-    """All after the first dot of a path's last part, lower case: ``seg.json`` of ``a/7.seg.json``."""
-    return PurePosixPath(path).name.partition(".")[2].lower()
