@@ -66,6 +66,8 @@ def open_rows(
         prompts=Prompts(config.audio_prompt, config.image_prompt, config.system), fetcher=fetcher, split=split,
         lines=config.text_rows, patches=config.patches, language_mode=config.language_mode,
     )  # fmt: skip
+    for line in rows.notes():
+        say.say(f"{path}: {line}")
     many = rows.n is None or rows.n > MOST_CHECKED
     found = Dataset(
         rows, processor, check=False, cache_bytes=0 if many else CACHE_BYTES,  # a row comes again only after all others

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
 from gemma_mlx.config import FIELDS, TrainConfig, convert
+from gemma_mlx.data.remote.lazy import LazyFetcher
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 METAVARS = {"text": "TEXT", "int": "N", "float": "X", "list": "TEXT", "mapping": "NAME=COLUMN"}
@@ -65,6 +66,15 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         function
     )
     return field_option("model", required=True)(function)
+
+
+def fetcher_of(named: Iterable[str], options: dict[str, Any]) -> LazyFetcher:
+    """What reads data far away, by the flags ``allow_host`` and ``media_cache_…``, which are taken out of ``options``;
+    hosts of what the user named may have private addresses."""
+    return LazyFetcher(
+        named, hosts=options.pop("allow_host"), folder=options.pop("media_cache_dir"),
+        limit_bytes=int(options.pop("media_cache_gb") * 1e9),
+    )  # fmt: skip
 
 
 DATA_OPTIONS = tuple(n for n, f in FIELDS.items() if f.metadata["group"] == "data" and n != "train_on")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gemma_mlx.cli.options import data_options, field_options
+from gemma_mlx.cli.options import data_options, fetcher_of, field_options
 from gemma_mlx.errors import InputError
 
 
@@ -63,7 +61,7 @@ def _prepare(data: str, out: Path, options: dict[str, Any]) -> int:
     reading |= {"nemo": options["manifest"] == "nemo", "lines": options["text_rows"]}
     reading["prompts"] = Prompts(*(options[name] for name in ("audio_prompt", "image_prompt", "system")))
     named = [data, *([options["valid"]] if options["valid"] else [])]
-    with staging(out) as place, _Fetcher([*named, *options["media_root"]], options) as fetcher:
+    with staging(out) as place, fetcher_of([*named, *options["media_root"]], options) as fetcher:
         roots = list(options["media_root"])
         if options["download"]:
             reading["change"] = Downloader(place.downloads, fetcher, options["columns"])
@@ -117,35 +115,6 @@ def plan_of(data: str, options: dict[str, Any]) -> Any:
         seed=options["seed"],
         workers=options["workers"] or default_workers(),
     )
-
-
-class _Fetcher:
-    """A `Fetcher` that is made, with its cache, when something far away is first read."""
-
-    def __init__(self, named: list[str], options: dict[str, Any]):
-        self._named, self._options, self._lock = named, options, threading.Lock()
-
-    @cached_property
-    def _made(self) -> tuple[Any, Any]:
-        from gemma_mlx.data.remote.cache import Cache
-        from gemma_mlx.data.remote.fetch import Fetcher, host_of
-
-        named = {host_of(name) for name in self._named if name.startswith(("http://", "https://"))}
-        folder = self._options["media_cache_dir"]
-        cache = Cache(Path(folder) if folder else None, int(self._options["media_cache_gb"] * 1e9))
-        return Fetcher(cache, allowed_hosts=named | {*self._options["allow_host"]}), cache
-
-    def __getattr__(self, name: str) -> Any:
-        with self._lock:
-            return getattr(self._made[0], name)
-
-    def __enter__(self) -> _Fetcher:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if "_made" in self.__dict__:
-            for made in self._made:
-                made.close()
 
 
 def _from_tuner(config: Path, profile: str, out: Path | None) -> None:

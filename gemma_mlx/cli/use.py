@@ -7,9 +7,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from gemma_mlx.cli.options import fetcher_of
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
-from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.lora import remembered_options
 from gemma_mlx.models.load import check_finite, load
 
@@ -39,10 +39,7 @@ def reading_of(options: dict[str, Any]) -> dict[str, Any]:
     reading |= {new: options.pop(name) for new, name in _SAME if name in options}
     if "media_cache_gb" in options:
         named = [click.get_current_context().params.get("data") or "", *reading["media_roots"]]
-        reading["fetcher"] = LazyFetcher(
-            named, hosts=options.pop("allow_host"), folder=options.pop("media_cache_dir"),
-            limit_bytes=int(options.pop("media_cache_gb") * 1e9),
-        )  # fmt: skip
+        reading["fetcher"] = fetcher_of(named, options)
     return reading
 
 

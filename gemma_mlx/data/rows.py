@@ -6,7 +6,7 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from gemma_mlx.data.examples import Example, Prompts, RowReader
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.opening import Shards, open_parts
 from gemma_mlx.data.sources.table import Table
+from gemma_mlx.data.tuner.layout import PatchedTable, patching
 from gemma_mlx.data.walks import SHARD_BITS, SHARDS, ByStretches, Mixture, Shuffle, Stream, Walk
 from gemma_mlx.errors import InputError
 
@@ -65,7 +66,7 @@ class Rows:
         self.source, self.fetcher = str(source), fetcher
         self._roots, self._columns = list(media_roots), dict(columns or {})
         self._prompts, self._need_answer = prompts or Prompts(), need_answer
-        self._patched = _patching(patches, language_mode, self._columns.get("text") or "text")
+        self._patched = patching(patches, language_mode)
         parts = open_parts(self.source, fetcher, split=split, lines=lines)
         streams = [part for part in parts if isinstance(part.tables, Shards)]
         if streams and len(parts) > 1:
@@ -81,9 +82,9 @@ class Rows:
             raise InputError(f"{source}:2: no rows below the header; add at least one")
 
     def _with_reader(self, table: Table, options: Mapping[str, Any]) -> tuple[Table, RowReader]:
-        table = self._patched(table)
-        folders = Folders(table.base, [*options.get("media_root", ()), *self._roots], self.fetcher)
         mapping = {**self._columns, **options.get("columns", {})}
+        table = self._patched(table, mapping)
+        folders = Folders(table.base, [*options.get("media_root", ()), *self._roots], self.fetcher)
         return table, RowReader(table.columns, folders, table.name, mapping, self._prompts, self._need_answer)
 
     @property
@@ -149,6 +150,10 @@ class Rows:
         each = self._shards.names if self._shards else [table.fingerprint() for table, _ in self._tables]
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
+    def notes(self) -> list[str]:
+        """What corrections did to the rows, a line each."""
+        return [line for table, _ in self._tables if isinstance(table, PatchedTable) for line in table.report()]
+
     def remote_media(self) -> bool:
         """Whether the first rows' media are fetched from elsewhere; a row that is not in order says nothing."""
         if self._shards:
@@ -175,14 +180,3 @@ def _unit_bytes(table: Table) -> list[int]:
     if table.units is None:
         return [len(table) * _ALONE]
     return list(getattr(table, "unit_bytes", [rows * _ALONE for rows in table.units]))
-
-
-def _patching(patches: str | None, language_mode: str | None, text: str) -> Callable[[Table], Table]:
-    """What puts corrections on a table."""
-    if patches is None and language_mode is None:
-        return lambda table: table
-    from gemma_mlx.data.tuner.layout import PatchedTable
-    from gemma_mlx.data.tuner.patches import Patches
-
-    read = None if patches is None else Patches.read(patches, text)
-    return lambda table: PatchedTable(table, read, language_mode)

@@ -12,6 +12,7 @@ from gemma_mlx.data.examples import MEDIA, STANDARD, Example, Prompts, RowReader
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.opening import Shards, open_parts
 from gemma_mlx.data.sources.table import Row, Table
+from gemma_mlx.data.tuner.layout import patching
 from gemma_mlx.data.values import filled, medium_of
 from gemma_mlx.errors import InputError
 from gemma_mlx.preparing.cells import Address, media_cells, normal
@@ -127,33 +128,21 @@ def open_rows(
     Raises:
         InputError: no rows, no column to learn from, or a manifest that cannot be read.
     """
-    sources = []
+    patched, sources = patching(patches, language_mode), []
     for part in open_parts(name, fetcher, **opening):
         roots = [*part.options.get("media_root", ()), *media_roots]
         mapping = {**(columns or {}), **part.options.get("columns", {})}
-        patched = _patching(patches, language_mode, mapping.get("text") or "text")
         shards = part.tables if isinstance(part.tables, Shards) else None
         tables = map(shards.open, shards.names) if shards else part.tables
         for table in tables:
             folders = Folders(table.base, roots, fetcher)
             if nemo or (KEY in table.columns and KEY not in mapping.values()):
                 table = Manifest(table, folders)
-            table = patched(table)
+            table = patched(table, mapping)
             reader = RowReader(table.columns, folders, table.name, mapping, prompts or Prompts())
             names = {standard: mapping.get(standard, standard) for standard in STANDARD}
             sources.append(Source(table, reader, folders, names, change))
     return Rows(name, sources)
-
-
-def _patching(patches: str | None, language_mode: str | None, text: str) -> Callable[[Table], Table]:
-    """What puts corrections on a table."""
-    if patches is None and language_mode is None:
-        return lambda table: table
-    from gemma_mlx.data.tuner.layout import PatchedTable
-    from gemma_mlx.data.tuner.patches import Patches
-
-    read = None if patches is None else Patches.read(patches, text)
-    return lambda table: PatchedTable(table, read, language_mode)
 
 
 def is_path(cell: Any) -> bool:

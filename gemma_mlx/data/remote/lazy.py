@@ -46,6 +46,12 @@ class LazyFetcher:
                 self._made = Fetcher(cache, run=self._run, allowed_hosts=[*named, *self._hosts])
             return self._made
 
+    def __enter__(self) -> LazyFetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends what is being fetched."""
         with self._lock:

@@ -54,9 +54,10 @@ def learnt_column(columns: Sequence[str], mapping: Mapping[str, str] | None = No
 
     Args:
         columns: the table's.
-        mapping: standard name -> column, as for `gemma_mlx.data.examples`; of several answers the first one counts.
+        mapping: standard name -> column, as for `gemma_mlx.data.examples`; where there is a text, as patches say, it
+            is that, else the first of the answers.
     """
-    sources = ((mapping or {}).get(name, name) for name in ANSWERS)
+    sources = ((mapping or {}).get(name, name) for name in ("text", *ANSWERS))
     return next((column for column in sources if column in columns), "text")
 
 
