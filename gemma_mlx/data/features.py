@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from gemma_mlx.data.mel import Bands
+from gemma_mlx.data.mel import Bands, spectra
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES, audio_frames, image_size
 
@@ -70,9 +70,11 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
         raise InputError(f"empty audio: {len(wave)} samples, at least 161 are needed")
     padded = np.concatenate([np.zeros(_HOP, np.float32), wave[:MAX_AUDIO_SAMPLES]])
     windows = np.lib.stride_tricks.sliding_window_view(padded, _FRAME)[::_HOP][:frames]
-    # float32 into the FFT and float64 after it: the reference's order, whose rounding shows in quiet bands.
-    magnitude = np.abs(np.fft.rfft(windows * _window(), n=_FFT, axis=-1))
-    return np.log(_bands()(magnitude) + _FLOOR).astype(np.float32)
+    out = np.empty((frames, MEL_BINS), np.float32)
+    for start, magnitude in spectra(windows, _window(), _FFT):
+        # float32 into the FFT and float64 after it: the reference's order, whose rounding shows in quiet bands.
+        out[start : start + magnitude.shape[1]] = np.log(_bands()(magnitude) + _FLOOR).T
+    return out
 
 
 def raw_frames(wave: np.ndarray, samples: int = 640) -> np.ndarray:

@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from gemma_mlx.data.features import check_wave
-from gemma_mlx.data.mel import Bands
+from gemma_mlx.data.mel import Bands, spectra
 from gemma_mlx.errors import InputError
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES
 
@@ -87,9 +87,12 @@ def log_mel(wave: np.ndarray, soft_tokens: int = 188) -> Clip:
     windows = np.lib.stride_tricks.sliding_window_view(padded, _FRAME + 1)[::_HOP][:frames]
     first = windows[:, :1] * (1 - _PREEMPHASIS)
     rest = windows[:, 1:-1] - _PREEMPHASIS * windows[:, :-2]
-    spectrum = np.abs(np.fft.rfft(np.concatenate([first, rest], axis=1) * _window(), n=_FFT, axis=-1))
-    bands = _bands()(spectrum.astype(np.float32))
-    return Clip(np.log(np.maximum(bands.astype(np.float64), _FLOOR)).astype(np.float32), len(wave), soft_tokens)
+    emphasised = np.concatenate([first, rest], axis=1)
+    features = np.empty((frames, MEL_BINS), np.float32)
+    for start, magnitude in spectra(emphasised, _window(), _FFT):
+        bands = _bands()(magnitude).astype(np.float64)
+        features[start : start + magnitude.shape[1]] = np.log(np.maximum(bands, _FLOOR)).T
+    return Clip(features, len(wave), soft_tokens)
 
 
 def frame_count(samples: int) -> int:

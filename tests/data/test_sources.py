@@ -66,6 +66,12 @@ def spans(table):
     return zip(starts, starts[1:], table._lines.tolist(), strict=False)
 
 
+def test_an_index_without_a_name(table):
+    """As pandas writes it."""
+    found = CsvTable(table(",text\n0,one\n1,two\n"))
+    assert found.columns == ("", "text") and [row.values["text"] for row in rows_of(found)] == ["one", "two"]
+
+
 def test_tabs_and_long_cells(table):
     words = "word " * 60_000
     (row,) = rows_of(CsvTable(table(f"prompt\tresponse\na,b\t{words}\n", "train.tsv")))

@@ -124,7 +124,9 @@ def _from_bytes(data: bytes, where: str, column: str) -> Any:
 def _from_dict(value: dict[Any, Any], where: str, column: str) -> Any:
     data, path = value.get("bytes"), value.get("path")
     if value.keys() <= {"bytes", "path"} and "bytes" in value and isinstance(data, bytes | None):
-        return embedded(data, path or "", where, column) if data is not None else path or ""
+        if data is None:
+            return {"path": path} if path else ""
+        return embedded(data, path or "", where, column)
     return {str(k): _nested(v, where, column) for k, v in value.items() if v is not None}
 
 

@@ -18,8 +18,9 @@ class CsvTable:
     """A CSV file as a `gemma_mlx.data.sources.table.Table`.
 
     UTF-8 with or without a byte-order mark, RFC 4180 quoting (cells may hold commas, quotes and line breaks), a header
-    in the first line. A ``.tsv`` file is split at tabs. Empty lines are skipped. Opening scans the file once for the
-    beginnings of its records, 12 bytes of memory each.
+    in the first line, whose first name may be missing (an index that some programs write). A ``.tsv`` file is split at
+    tabs. Empty lines are skipped. Opening scans the file once for the beginnings of its records, 12 bytes of memory
+    each.
 
     Raises:
         InputError: here, naming file:line, for a missing or empty file, a bad header (no name, a name twice), a quote
@@ -44,8 +45,8 @@ class CsvTable:
             raise InputError(f"{self.name}:1: the file is empty; expected a header line such as audio_path,text")
         where = f"{self.name}:{lines[0]}"
         names = tuple(cell.strip() for cell in self._cells(int(starts[0]), int(starts[1]), int(lines[0])))
-        if "" in names:
-            raise InputError(f"{where}: column {names.index('') + 1} of the header has no name; name it")
+        if "" in names[1:]:
+            raise InputError(f"{where}: column {names.index('', 1) + 1} of the header has no name; name it")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise InputError(f"{where}: column {twice[0]!r} stands twice in the header; rename one of them")

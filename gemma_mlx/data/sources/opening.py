@@ -94,8 +94,10 @@ def open_parts(source: str, fetcher: Any = None, *, split: str = "train", lines:
     return [Part(_local(source, split, opener))]
 
 
-def open_file(path: Path, name: str | None = None, base: str | None = None, *, lines: str = "line") -> Table:
-    """The table in one file, by the suffix of its name.
+def open_file(
+    path: Path, name: str | None = None, base: str | None = None, *, lines: str = "line", among: int = 1
+) -> Table:  # fmt: skip
+    """The table in one file, by the suffix of its name; one `among` several that are opened together.
 
     Raises:
         InputError: no known suffix, or what the table's kind says.
@@ -111,9 +113,9 @@ def open_file(path: Path, name: str | None = None, base: str | None = None, *, l
         is_list = suffix == ".json" and path.is_file() and begins_a_list(path)
         return JsonTable(path, name, base) if is_list else JsonlTable(path, name, base)
     if suffix == ".parquet":
-        from gemma_mlx.data.sources.parquet import ParquetTable
+        from gemma_mlx.data.sources.parquet import WHOLE_BYTES, ParquetTable
 
-        return ParquetTable(path, name, base)
+        return ParquetTable(path, name, base, whole_bytes=WHOLE_BYTES // among)
     if suffix == ".tar":
         from gemma_mlx.data.sources.tar import TarTable
 
@@ -139,7 +141,7 @@ def _local(source: str, split: str, opener: Callable[..., Table]) -> tuple[Table
     if path.exists() or not _WILD.search(source):
         return (opener(path, source),)
     paths = [found for name in expanded(source) for found in (sorted(glob.glob(name, recursive=True)) or [name])]
-    return tuple(opener(Path(p), p) for p in paths)
+    return tuple(opener(Path(p), p, among=len(paths)) for p in paths)
 
 
 def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table, ...]:
@@ -154,7 +156,7 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
             if len(kinds) > 1:
                 told = ", ".join(sorted(kinds))
                 raise InputError(f"{path}: holds files of several kinds ({told}); name those to read")
-            return tuple(opener(p, str(p)) for p in files)
+            return tuple(opener(p, str(p), among=len(files)) for p in files)
     from gemma_mlx.data.sources.folder import FolderTable
 
     return (FolderTable(path),)

@@ -49,16 +49,15 @@ def audio_column(columns: Sequence[str]) -> str | None:
     return next((name for name in AUDIO_COLUMNS if name in columns), None)
 
 
-def learnt_column(columns: Sequence[str], mapping: Mapping[str, str] | None = None) -> str:
-    """The column of a table that the model learns, which patches of texts go to.
+def learnt_columns(columns: Sequence[str], mapping: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The columns of a table that the model may learn, the first before the others; patches of texts go there.
 
     Args:
         columns: the table's.
-        mapping: standard name -> column, as for `gemma_mlx.data.examples`; where there is a text, as patches say, it
-            is that, else the first of the answers.
+        mapping: standard name -> column, as for `gemma_mlx.data.examples`.
     """
-    sources = ((mapping or {}).get(name, name) for name in ("text", *ANSWERS))
-    return next((column for column in sources if column in columns), "text")
+    sources = ((mapping or {}).get(name, name) for name in ANSWERS)
+    return tuple(dict.fromkeys(column for column in sources if column in columns)) or ("text",)
 
 
 def patching(folder: str | Path | None, language_mode: str | None) -> Callable[[Table, Mapping[str, str]], Table]:
@@ -78,8 +77,8 @@ def patching(folder: str | Path | None, language_mode: str | None) -> Callable[[
         LanguageMode.parse(language_mode)
 
     def put(table: Table, mapping: Mapping[str, str]) -> PatchedTable:
-        text, key = learnt_column(table.columns, mapping), mapping.get("id") or "id"
-        here = patches and dataclasses.replace(patches, text_column=text, id_column=key)
+        texts, key = learnt_columns(table.columns, mapping), mapping.get("id") or "id"
+        here = patches and dataclasses.replace(patches, text_columns=texts, id_column=key)
         told = language_mode if mapping.get("language", "language") else None
         return PatchedTable(table, here, told, language_column=mapping.get("language", "language"))
 

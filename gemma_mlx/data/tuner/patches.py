@@ -71,7 +71,7 @@ class Patches:
         folder: where it was read.
         texts: column (``text_perfect``, ``text_verbatim``) -> id -> text.
         delete, protect: ids of the folders ``delete`` and ``do_not_blacklist``.
-        text_column: the table's column that the model learns.
+        text_columns: the table's columns that the model may learn; of a row the first with something in it counts.
         id_column: the table's column of ids.
         notes: lines about what was not read, for a report.
     """
@@ -80,7 +80,7 @@ class Patches:
     texts: Mapping[str, Mapping[str, str]]
     delete: frozenset[str]
     protect: frozenset[str]
-    text_column: str = "text"
+    text_columns: tuple[str, ...] = ("text",)
     id_column: str = "id"
     notes: tuple[str, ...] = ()
     _blank: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -102,7 +102,7 @@ class Patches:
                 if not text.strip():
                     blank[f"{column} {key}"] = row.where
         ids = {name: frozenset(key for key, _ in _lines(folder / name, None, notes)) for name in (DELETE, PROTECT)}
-        return cls(folder, texts, ids[DELETE], ids[PROTECT], text_column, id_column, tuple(notes), blank)
+        return cls(folder, texts, ids[DELETE], ids[PROTECT], (text_column,), id_column, tuple(notes), blank)
 
     @property
     def deleted(self) -> frozenset[str]:
@@ -133,12 +133,14 @@ class Patches:
         if self.leaves_out(key):
             return None
         new, source = values, ""
+        filled = (column for column in self.text_columns if str(values.get(column) or "").strip())
+        learnt = next(filled, self.text_columns[0])
         for column, texts in self.texts.items():
             if (text := texts.get(key)) is None:
                 continue
-            new = {**new, self.text_column: text, **({column: text} if column in values else {})}
+            new = {**new, learnt: text, **({column: text} if column in values else {})}
             source = column
-        if source and not new[self.text_column].strip():
+        if source and not new[learnt].strip():
             raise InputError(
                 f"{where}: empty text: {self._blank[f'{source} {key}']} replaces the text of id {key} with nothing; "
                 f"write the text there, or list the id in {self.folder / DELETE}"
@@ -152,7 +154,8 @@ class Patches:
 
     def fingerprint(self) -> str:
         """A digest of what the patches say and to which columns, whichever files say it."""
-        said = [sorted(self.texts.items()), sorted(self.delete), sorted(self.protect), self.text_column, self.id_column]
+        said = [sorted(self.texts.items()), sorted(self.delete), sorted(self.protect)]
+        said += [self.text_columns, self.id_column]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=dict).encode()).hexdigest()
 
 

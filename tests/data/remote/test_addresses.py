@@ -84,7 +84,7 @@ def test_this_machine_is_not_asked_in_any_spelling(host, web, data, quick):
 def test_other_private_addresses_are_refused_at_once(url, quick):
     start = time.monotonic()
     assert ALLOW in refusal(lambda: HttpStore(["127.0.0.1", "localhost"], quick).stat(url))
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < quick.connect_timeout
 
 
 def test_which_addresses_are_public():

@@ -126,7 +126,7 @@ def test_by_name_through_load_dataset(saved, tmp_path, monkeypatch):
     )
     (tmp_path / "paths").mkdir()
     pq.write_table(rows, tmp_path / "paths" / "train.parquet")
-    assert HuggingFaceTable(tmp_path / "paths")[0].values == {"audio": "clips/2.wav"}
+    assert HuggingFaceTable(tmp_path / "paths")[0].values == {"audio": {"path": "clips/2.wav"}}
     with pytest.raises(InputError, match=r"Unknown split .*train"):
         HuggingFaceTable(tmp_path / "repo", "test")
 

@@ -50,9 +50,11 @@ def clips(tmp_path_factory):
 
 def expected(path, i, row):
     """What the table should give, from what was written."""
-    where, audio = f"{path}:{i + 1}", row["audio"] or {"bytes": None, "path": ""}
-    medium = audio["path"] if audio["bytes"] is None else Embedded(f"{where} audio", audio["bytes"], ".flac")
-    return {"id": str(i), "audio": medium, "text": row["text"] or ""}, where
+    where, audio = f"{path}:{i + 1}", row["audio"]
+    medium = audio and {"path": audio["path"]}
+    if audio and audio["bytes"] is not None:
+        medium = Embedded(f"{where} audio", audio["bytes"], ".flac")
+    return {"id": str(i), "audio": medium or "", "text": row["text"] or ""}, where
 
 
 def test_rows_with_media_equal_what_was_written(clips):
@@ -177,7 +179,7 @@ def test_lists_and_structs_stay(tmp_path):
     first, second = ParquetTable(path)
     assert first.values == {
         "messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b", "extra": 2}],
-        "images": [Embedded(f"{path}:1 images", FLAC, ".flac"), "b.png"],
+        "images": [Embedded(f"{path}:1 images", FLAC, ".flac"), {"path": "b.png"}],
         "tags": {"k": 1},
         "pair": {"x": 0.1},
     }

@@ -1,6 +1,7 @@
 """Patches beside a data set, against the rules written out plainly, on random data and on hostile files."""
 
 import csv
+import dataclasses
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.data.sources.table import Row
-from gemma_mlx.data.tuner.layout import PatchedTable, learnt_column, patching
+from gemma_mlx.data.tuner.layout import PatchedTable, learnt_columns, patching
 from gemma_mlx.data.tuner.patches import Patches, normal_id
 from gemma_mlx.errors import InputError, SourceError
 
@@ -269,14 +270,21 @@ def test_stretches_shrink_with_their_rows_and_empty_ones_go(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "mapping", "learnt"),
     [
-        (("id", "text"), {}, "text"), (("caption", "text", "answer"), {}, "answer"),
+        (("id", "text"), {}, "text"), (("caption", "text", "answer"), {}, "answer caption text"),
         (("caption", "text", "answer"), {"answer": "", "caption": ""}, "text"),
-        (("said", "text"), {"text": "said"}, "said"), (("said", "text"), {"response": "said"}, "said"),
-        (("text", "said"), {"caption": "text", "text": "said"}, "text"), (("messages",), {}, "text"),
+        (("said", "text"), {"text": "said"}, "said"), (("said", "text"), {"response": "said"}, "said text"),
+        (("text", "said"), {"caption": "text", "text": "said"}, "text said"), (("messages",), {}, "text"),
     ],
 )  # fmt: skip
 def test_which_column_is_learnt(columns, mapping, learnt):
-    assert learnt_column(columns, mapping) == learnt
+    assert learnt_columns(columns, mapping) == tuple(learnt.split())
+
+
+def test_of_several_columns_the_row_s_own_is_patched(tmp_path):
+    _, folder = project(tmp_path, override_text_verbatim=[["1", "new"], ["2", "new"]])
+    patches = dataclasses.replace(Patches.read(folder), text_columns=("answer", "text"))
+    assert patches.apply({"id": "1", "answer": "", "text": "old"}) == {"id": "1", "answer": "", "text": "new"}
+    assert patches.apply({"id": "2", "answer": "old", "text": "kept"}) == {"id": "2", "answer": "new", "text": "kept"}
 
 
 def test_patches_are_put_on_tables_by_their_columns(tmp_path):
