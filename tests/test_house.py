@@ -16,6 +16,7 @@ HEAVY = {"mlx", "numpy", "torch", "transformers", "mlx_lm", "PIL", "soundfile", 
 # room -> prefixes it must not import (a room is a path prefix inside the package)
 FORBIDDEN = {
     "data/": ("mlx", "torch", *(f"gemma_mlx.{m}" for m in ("models", "ops", "loop", "lora", "loss", "step", "demo"))),
+    "preparing/": ("mlx", "torch", "gemma_mlx.models", "gemma_mlx.ops", "gemma_mlx.loop"),
     "demo/run.py": ("torch", "transformers"),
     "spec.py": (*HEAVY, "gemma_mlx.data", "gemma_mlx.models"),
     "errors.py": tuple(HEAVY),

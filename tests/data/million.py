@@ -63,7 +63,8 @@ def read(path, checkpoint, batches_read=1500):
             next(batches)
     batches.close()
     print(json.dumps({
-        "rows": len(rows), "first_batch_s": first[0], "first_batch_cpu_s": first[1], "over_start_mb": memory("VmHWM") - start, "along_mb": middle,
+        "rows": len(rows), "first_batch_s": first[0], "first_batch_cpu_s": first[1],
+        "over_start_mb": memory("VmHWM") - start, "along_mb": middle,
         "state_bytes": len(json.dumps(state)), "read": state["position"],
     }))  # fmt: skip
 

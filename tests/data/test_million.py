@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_million_rows(tmp_path, checkpoint, media, kind):
-    """First batch in less than 2 s (of computing; what else the machine does does not count); at most 300 MB over the start, and no more after 1,500 batches than after 300; the
-    place in an epoch is a few integers. Figures: docs/data-speed.md."""
+    """First batch in less than 2 s of computing; at most 300 MB over the start, and no more after 1,500 batches than
+    after 300; the place in an epoch is a few integers. Figures: docs/data-speed.md."""
     os.link(media / "short.wav", tmp_path / "clip.wav")
     call = [sys.executable, HERE / "million.py", tmp_path, checkpoint, kind]
     for _ in range(2):
