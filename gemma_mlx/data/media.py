@@ -35,6 +35,8 @@ SAMPLE_RATES = (1_000, 768_000)
 MAX_PICTURE_BYTES = 1 << 30
 """Of a picture's file."""
 
+_BROKEN = (RuntimeError, OSError, ValueError)
+"""What soundfile raises on broken files; its own error is the first."""
 _UNKNOWN = 1 << 40
 """Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
 _BLOCK = 1 << 22
@@ -122,15 +124,15 @@ class _Clip:
         try:
             try:
                 sound = soundfile.SoundFile(watched if handle is None else handle, closefd=False)
-            except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError) as e:
+            except (*_BROKEN, TypeError) as e:
                 raise _Unread(_reason(e)) from None
             with sound:
                 yield sound
-        except (_Unread, InputError):
+        except Exception as e:
             if watched is not None and watched.error is not None:
                 raise watched.error from None
-            raise
-        except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+            if isinstance(e, (_Unread, InputError)) or not isinstance(e, _BROKEN):
+                raise
             raise InputError(f"{self.told}: unreadable audio ({_reason(e)}); download or export it again") from None
         if watched is not None and watched.error is not None:
             raise watched.error
