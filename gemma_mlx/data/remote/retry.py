@@ -45,7 +45,7 @@ class RetryPolicy:
         first_wait: seconds after the first failure; doubled after each further one, then varied by half at random so
             that many readers do not come back at the same moment.
         longest_wait: seconds between two tries, also where a server asks for more.
-        total: seconds from the first failure after which no further try is begun.
+        total: seconds from the first failure after which no further try is begun, after four at least.
         connect_timeout: seconds for a connection.
         read_timeout: seconds without a single byte.
     """
@@ -88,7 +88,9 @@ class Attempts:
         wait *= 0.5 + _JITTER.random() / 2
         wait = min(max(wait, error.wait or 0.0), policy.longest_wait)
         tries = policy.attempts if error.known else min(policy.attempts, 4)
-        if self._failures >= tries or now + wait > self._since + policy.total:
+        # A machine that stood still between two tries has not tried for long.
+        late = self._failures > 3 and now + wait > self._since + policy.total
+        if self._failures >= tries or late:
             times = "once" if self._failures == 1 else f"{self._failures} times in {now - self._since:.0f} s"
             raise SourceError(
                 f"{self._told}: the server failed, tried {times} ({error.reason}); check the address and the network, "

@@ -218,6 +218,16 @@ def test_waits_grow_vary_and_end(monkeypatch, broken_web, data):
     assert waits == [7, 16]
 
 
+def test_a_machine_that_stood_still_tries_again(monkeypatch, broken_web, data):
+    now = itertools.count(0, 10_000)
+    monkeypatch.setattr("gemma_mlx.data.remote.retry.time.monotonic", lambda: float(next(now)))
+    broken_web.inject(Fault("status", times=3, method="GET"))
+    store = HttpStore([broken_web.address], RetryPolicy(first_wait=0.001, longest_wait=0.001))
+    assert joined(store.read(broken_web.url + "/clip.bin")) == data
+    broken_web.inject(Fault("status", times=4, method="GET"))
+    assert "tried 4 times" in refusal(lambda: joined(store.read(broken_web.url + "/clip.bin")), SourceError)
+
+
 def test_redirects(store, web, data):
     web.redirects |= {
         "/a": "clip.bin",
@@ -292,7 +302,7 @@ def test_answers_that_make_no_sense(name):
 
     threading.Thread(target=serve, daemon=True).start()
     address = f"127.0.0.1:{listener.getsockname()[1]}"
-    store = HttpStore([address], RetryPolicy(2, 0.001, 0.001, 1.0, 1.0, 0.3))
+    store = HttpStore([address], RetryPolicy(attempts=3, first_wait=0.001, longest_wait=0.001))
     url, expected = f"http://{address}/a", SENSIBLE.get(name, (None, None))
     for call, right in zip((lambda: store.stat(url), lambda: joined(store.read(url, None, 1))), expected, strict=True):
         if right is not None:
