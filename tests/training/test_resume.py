@@ -85,6 +85,7 @@ def test_killed_at_five_random_moments(checkpoint_folder, rows, whole, tmp_path)
     assert process.wait(120) == 0, process.stderr.read()
     assert trace(out) == trace(whole)
     assert adapter(out) == adapter(whole)
+    assert (out / "rows.jsonl").read_bytes() == (whole / "rows.jsonl").read_bytes()
     assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
 
 
