@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_mlx.data.blob import Medium
-from gemma_mlx.data.opening import length
+from gemma_mlx.data.opening import Watched, length
 from gemma_mlx.errors import InputError
 
 MAX_PIXELS = 89_478_485
@@ -35,13 +35,14 @@ def container(file: BinaryIO, medium: Medium, told: str, kind: str) -> Iterator[
 
     Raises:
         InputError: not such a file, or broken.
+        SourceError: the blob's source failed.
     """
     import av
 
     size = length(file)
-    source = os.path.abspath(medium) if isinstance(medium, Path) else file
+    watched = None if isinstance(medium, Path) else Watched(file)
     try:
-        with av.open(source, options=_OPTIONS) as opened:
+        with av.open(watched or os.path.abspath(medium), options=_OPTIONS) as opened:
             for stream in opened.streams:
                 if stream.frames > size:  # a frame takes at least a byte
                     raise InputError(
@@ -51,8 +52,12 @@ def container(file: BinaryIO, medium: Medium, told: str, kind: str) -> Iterator[
             for stream in opened.streams.video:
                 stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield opened
-    except InputError:
-        raise
-    except (av.FFmpegError, OSError, ValueError, EOFError, MemoryError) as e:
+    except Exception as e:
+        if watched is not None and watched.error is not None:
+            raise watched.error from None
+        if isinstance(e, InputError) or not isinstance(e, (av.FFmpegError, OSError, ValueError, EOFError, MemoryError)):
+            raise
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise InputError(f"{told}: unreadable {kind} ({reason}); expected a whole {kind} file") from None
+    if watched is not None and watched.error is not None:
+        raise watched.error

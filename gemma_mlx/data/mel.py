@@ -21,9 +21,12 @@ def spectra(frames: np.ndarray, window: np.ndarray, n: int) -> Iterator[tuple[in
     Yields:
         (the first frame of the stretch, magnitudes [n / 2 + 1, frames of the stretch]).
     """
+    # Filled up here: rfft(…, n) does it row by row, in almost the transform's own time.
+    filled = np.zeros((min(_TOGETHER, len(frames)), n), frames.dtype)
     for start in range(0, len(frames), _TOGETHER):
-        some = frames[start : start + _TOGETHER] * window
-        yield start, np.ascontiguousarray(np.abs(np.fft.rfft(some, n=n, axis=-1)).T)
+        some = frames[start : start + _TOGETHER]
+        np.multiply(some, window, out=filled[: len(some), : some.shape[1]])
+        yield start, np.ascontiguousarray(np.abs(np.fft.rfft(filled[: len(some)])).T)
 
 
 class Bands:
