@@ -13,12 +13,12 @@ from typing import Any
 
 from gemma_mlx.data.blob import suffix_of
 from gemma_mlx.data.remote.patterns import expanded
+from gemma_mlx.data.sources.cells import kind_of
 from gemma_mlx.data.sources.table import Table
 from gemma_mlx.errors import InputError
 
 REMOTE = ("https://", "http://", "gs://")
 _WILD = re.compile(r"[*?\[{]")
-_LAID_OUT = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -149,24 +149,41 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
         from gemma_mlx.data.sources.huggingface import HuggingFaceTable
 
         return (HuggingFaceTable(str(path), split),)
-    if not any(path.rglob(name) for name in _LAID_OUT if (path / name).is_file()):
-        files = of_split([p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")], split)
-        kinds = {p.suffix.lower() for p in files}
-        if kinds and kinds <= {*KINDS} - {".txt"}:
-            if len(kinds) > 1:
-                told = ", ".join(sorted(kinds))
-                raise InputError(f"{path}: holds files of several kinds ({told}); name those to read")
-            return tuple(opener(p, str(p), among=len(files)) for p in files)
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    of_rows = [p for p in files if p.suffix.lower() in KINDS and p.suffix.lower() not in (".txt", ".json")]
+    if of_rows and not any(kind_of(p.name) for p in files):
+        kinds = ", ".join(sorted({p.suffix.lower() for p in of_rows}))
+        if "," in kinds:
+            raise InputError(f"{path}: holds files of several kinds ({kinds}); name those to read")
+        chosen = of_split(path, of_rows, split)
+        return tuple(opener(p, str(p), among=len(chosen)) for p in chosen)
     from gemma_mlx.data.sources.folder import FolderTable
 
     return (FolderTable(path),)
 
 
-def of_split(files: list[Path], split: str) -> list[Path]:
-    """The files whose names say that they are of a split; all where none says anything."""
-    named = {"train": "train", "valid": "valid|validation|val|dev", "validation": "valid|validation|val|dev"}
-    word = re.compile(rf"(^|[^a-z])({named.get(split, re.escape(split))})([^a-z]|$)", re.IGNORECASE)
-    return [p for p in files if word.search(p.name) or word.search(p.parent.name)] or files
+def of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files below a folder whose names, or whose folders' names, say that they are of a split; all where none says
+    anything.
+
+    Raises:
+        InputError: some say, and none this split.
+    """
+    names = {file: file.relative_to(folder).as_posix().lower() for file in files}
+    of = {file: {kind for kind, word in _SPLITS.items() if word.search(name)} for file, name in names.items()}
+    kind = next((kind for kind, word in _SPLITS.items() if word.search(split.lower())), split)
+    chosen = [file for file in files if kind in of[file]]
+    said = set().union(*of.values())
+    if said and not chosen:
+        told = ", ".join(sorted(said))
+        raise InputError(f"{folder}: no files of the split {split!r}, only of {told}; name the files")
+    return chosen or files
+
+
+_SPLITS = {
+    kind: re.compile(rf"(^|[^a-z])({words})([^a-z]|$)")
+    for kind, words in {"train": "train", "validation": "valid|validation|val|dev", "test": "test|eval"}.items()
+}
 
 
 def _remote(source: str, fetcher: Any, opener: Callable[..., Table]) -> tuple[Table, ...] | Shards:

@@ -1,0 +1,160 @@
+"""From a name to rows: kinds of files, folders, patterns, mixtures; what is refused."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from gemma_mlx.data.batches import Batches
+from gemma_mlx.data.dataset import Dataset, read_examples
+from gemma_mlx.data.order import Shuffled
+from gemma_mlx.data.rows import Rows
+from gemma_mlx.data.sources.opening import of_split, open_parts, open_table
+from gemma_mlx.errors import InputError
+
+
+def texts(path, names, kind="jsonl"):
+    """A file of rows with these ids."""
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"id": n, "prompt": "hi", "response": f"ho {n}"}) + "\n" for n in names))
+    else:
+        path.write_text("id,prompt,response\n" + "".join(f"{n},hi,ho {n}\n" for n in names))
+    return str(path)
+
+
+def ids(source, **options):
+    return [example.row_id for example in read_examples(source, **options)]
+
+
+def test_patterns_and_folders_of_files(tmp_path):
+    for i in range(3):
+        texts(tmp_path / f"part-{i}.jsonl", [f"{i}a", f"{i}b"])
+    assert ids(tmp_path / "part-{0..2}.jsonl") == ["0a", "0b", "1a", "1b", "2a", "2b"]
+    assert ids(f"{tmp_path}/part-{{2,0}}.jsonl") == ["2a", "2b", "0a", "0b"]
+    assert ids(f"{tmp_path}/*.jsonl") == ids(tmp_path) == ids(tmp_path / "part-{0..2}.jsonl")
+    texts(tmp_path / "odd[1]{a}.jsonl", ["x"])  # a name that is there is no pattern
+    assert ids(tmp_path / "odd[1]{a}.jsonl") == ["x"]
+    texts(tmp_path / "more.csv", ["m"], "csv")
+    with pytest.raises(InputError, match=r"files of several kinds \(.csv, .jsonl\)"):
+        Rows(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        Rows(f"{tmp_path}/absent-*.csv")
+    with pytest.raises(InputError, match="no such file"):
+        Rows(tmp_path / "part-{0..3}.jsonl")
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl", "test.jsonl"):
+        texts(tmp_path / name, [name])
+    assert ids(tmp_path) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert ids(tmp_path, split="valid") == ids(tmp_path, split="validation") == ["validation.jsonl"]
+    assert ids(tmp_path, split="test") == ["test.jsonl"]
+    files = [tmp_path / n for n in ("strain.csv", "training.csv")]
+    assert of_split(tmp_path, files, "train") == files  # no word of its own: nothing is said
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    texts(tmp_path / "data" / "train" / "a.jsonl", ["a"])
+    (tmp_path / "data" / "README.md").write_text("a data set")
+    assert ids(tmp_path / "data") == ["a"]
+    with pytest.raises(InputError, match="no files of the split 'validation', only of train"):
+        ids(tmp_path / "data", split="validation")
+
+
+def test_media_of_each_table_start_from_its_own_folder(tmp_path, media):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        os.link(media / f"{'short' if name == 'a' else 'long'}.wav", tmp_path / name / "clip.wav")
+        (tmp_path / name / "train.csv").write_text("audio_path,text\nclip.wav,hello\n")
+    examples = read_examples(f"{tmp_path}/*/train.csv")
+    assert [e.media()[0].path for e in examples] == [tmp_path / name / "clip.wav" for name in ("a", "b")]
+
+
+def test_a_mixture(tmp_path, processor):
+    texts(tmp_path / "many.jsonl", [f"m{i}" for i in range(40)])
+    texts(tmp_path / "few.csv", [f"f{i}" for i in range(10)], "csv")
+    (tmp_path / "other.csv").write_text("name,ask,say\n" + "".join(f"o{i},why,because {i}\n" for i in range(8)))
+    (tmp_path / "mix.yaml").write_text(
+        "- {data: many.jsonl, weight: 0.5}\n- {data: few.csv, weight: 3}\n"
+        "- {data: other.csv, columns: {id: name, prompt: ask, response: say}}\n"
+    )
+    rows = Rows(tmp_path / "mix.yaml")
+    assert len(rows) == 58 and rows[57].row_id == "o7" and rows[57].reference == "because 7"
+    data = Dataset(rows, processor)
+    seen = []
+    with Batches(data, 4, plan=Shuffled(data.walk(3), 4), epochs=2) as batches:
+        assert len(batches) == 15  # 20 + 30 + 8 rows in fours
+        seen = [row_id for batch in batches for row_id in batch.row_ids]
+    first, second = Counter(seen[:58]), Counter(seen[58:])
+    for epoch in (first, second):
+        assert Counter(row_id[0] for row_id in epoch.elements()) == {"m": 20, "f": 30, "o": 8}
+        assert all(epoch[f"f{i}"] == 3 for i in range(10))
+    assert {i for i in first if i[0] == "m"} | {i for i in second if i[0] == "m"} == {f"m{i}" for i in range(40)}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "expected a list"), ("data: a.csv", "expected a list"), ("- a.csv", "entry 1: expected `data: NAME`"),
+        ("- {data: a.csv, wieght: 2}", "entry 1: unknown key 'wieght'"),
+        ("- {data: a.csv, weight: 0}", "entry 1: weight is 0"), ("- {data: a.csv, weight: yes}", "weight is True"),
+        ("- {data: a.csv, weight: .inf}", "weight is inf"), ("- {data: mix.yaml}", "a mixture of mixtures"),
+        ("- {data: a.csv, columns: text}", "entry 1: columns is 'text'"), ("- {data: [", "not YAML"),
+        ("- {data: absent.csv}", "absent.csv: no such file"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_are_refused(tmp_path, text, says):
+    texts(tmp_path / "a.csv", ["1"], "csv")
+    (tmp_path / "mix.yaml").write_text(text)
+    with pytest.raises(InputError, match=says):
+        Rows(tmp_path / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("absent.csv", "absent.csv: no such file"), ("absent", "a name without a suffix is no known kind"),
+        ("s3://bucket/a.csv", "s3:// is not read"), ("file:///a.csv", "file:// is not read"),
+        ("https://example.org/a.csv", "only files of this machine"), ("gs://b/a.csv", "only files of this machine"),
+    ],
+)  # fmt: skip
+def test_names_that_are_refused(source, says):
+    with pytest.raises(InputError, match=says):
+        open_parts(source)
+
+
+def test_one_table(tmp_path):
+    path = texts(tmp_path / "a.csv", ["1", "2"], "csv")
+    assert len(open_table(path)) == 2
+    texts(tmp_path / "b.csv", ["3"], "csv")
+    with pytest.raises(InputError, match="stands for 2 tables"):
+        open_table(f"{tmp_path}/*.csv")
+
+
+def test_several_parquet_files_are_one_order(tmp_path, processor):
+    """With bytes in them they come by stretches of all files; small, they come as a CSV's would."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [f"r{i}" for i in range(30)]
+    for k in range(3):
+        part = names[k * 10 : k * 10 + 10]
+        columns = {"id": part, "prompt": ["hi"] * 10, "response": [f"ho {n}" for n in part], "unread": [b"x" * 99] * 10}
+        pq.write_table(pa.table(columns), tmp_path / f"{k}.parquet", row_group_size=4)
+    path = texts(tmp_path / "all.jsonl", names)
+    found = []
+    for source in (f"{tmp_path}/*.parquet", path):
+        data = Dataset(source, processor)
+        with Batches(data, 4, plan=Shuffled(data.walk(9), 4), epochs=2) as batches:
+            found.append([batch.row_ids for batch in batches])
+    assert found[0] == found[1]
+    assert Rows(f"{tmp_path}/*.parquet").fingerprint() != Rows(tmp_path / "0.parquet").fingerprint()
+
+
+def test_corrections(tmp_path):
+    """Patches and a language mode, as the options of a run."""
+    path = texts(tmp_path / "a.csv", ["1", "2", "3"], "csv")
+    (tmp_path / "patches" / "delete").mkdir(parents=True)
+    (tmp_path / "patches" / "delete" / "x.csv").write_text("id\n2.0\n")
+    rows = Rows(path, patches=str(tmp_path / "patches"))
+    assert [example.row_id for example in rows] == ["1", "3"] and any("1" in line for line in rows.notes())
+    assert rows.fingerprint() != Rows(path).fingerprint()
