@@ -151,7 +151,7 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
         return (HuggingFaceTable(str(path), split),)
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     of_rows = [p for p in files if p.suffix.lower() in KINDS and p.suffix.lower() not in (".txt", ".json")]
-    if of_rows and not any(kind_of(p.name) for p in files):
+    if of_rows and not any(kind_of(p.suffix.lower()) for p in files):
         kinds = ", ".join(sorted({p.suffix.lower() for p in of_rows}))
         if "," in kinds:
             raise InputError(f"{path}: holds files of several kinds ({kinds}); name those to read")
