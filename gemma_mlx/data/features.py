@@ -73,7 +73,9 @@ def log_mel(wave: np.ndarray) -> np.ndarray:
     out = np.empty((frames, MEL_BINS), np.float32)
     for start, magnitude in spectra(windows, _window(), _FFT):
         # float32 into the FFT and float64 after it: the reference's order, whose rounding shows in quiet bands.
-        out[start : start + magnitude.shape[1]] = np.log(_bands()(magnitude) + _FLOOR).T
+        bands = _bands()(magnitude)
+        bands += _FLOOR
+        out[start : start + magnitude.shape[1]] = np.log(bands, out=bands).T
     return out
 
 
