@@ -10,8 +10,8 @@ import click
 from gemma_mlx.cli.door import enter
 
 VERBS = {
-    "train": ("gemma_mlx.train", "Fine-tune a model on a CSV."),
-    "evaluate": ("gemma_mlx.cli.evaluate", "Score a model on a CSV."),
+    "train": ("gemma_mlx.train", "Fine-tune a model on rows of any kind."),
+    "evaluate": ("gemma_mlx.cli.evaluate", "Score a model on rows with answers."),
     "prepare": ("gemma_mlx.cli.prepare", "Check, convert, split and download data, without a model."),
     "doctor": ("gemma_mlx.cli.doctor", "Describe a checkpoint: parts, sizes, what trains, why it would not load."),
     "generate": ("gemma_mlx.cli.generate", "Answer a prompt about text, sound and pictures."),

@@ -19,7 +19,7 @@ from gemma_mlx.errors import InputError
 @click.option("--config", metavar="FILE", help="YAML file of options, named as the flags; flags win over it.")
 @click.option("--demo", is_flag=True, help="The built-in example, offline: a tiny model learns new words and digits.")
 def command(config: str | None, demo: bool, **flags: Any) -> None:
-    """Fine-tune Gemma 4 with LoRA on the rows of a CSV."""
+    """Fine-tune Gemma with LoRA on rows of sounds, pictures and texts."""
     values, labels = merge(config, flags)
     if demo:
         run_demo(values, labels)

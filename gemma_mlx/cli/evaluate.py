@@ -14,7 +14,8 @@ from gemma_mlx.errors import InputError
 @click.command()
 @model_options
 @data_options
-@click.option("--data", required=True, help="CSV of rows with their references.")
+@click.option("--data", required=True, help="Rows with their references: whatever train reads.")
+@click.option("--split", default="test", show_default=True, help="Split of --data, where it has several.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for predictions.csv.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows answered at a time.")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
