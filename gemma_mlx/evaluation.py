@@ -128,11 +128,12 @@ def evaluate(
     if normalize not in scoring.NORMALIZERS:
         raise InputError(f"normalize: expected {' or '.join(scoring.NORMALIZERS)}, got {normalize!r}")
     if isinstance(data, str | Path):
-        fetcher = reading.pop("fetcher", None) or LazyFetcher([str(data), *reading.get("media_roots", ())])
-        rows = read_examples(data, fetcher=fetcher, **reading)
-    else:
-        rows = list(data)
-    examples = _with_references(rows[:limit])
+        options = {"max_tokens": max_tokens, "batch_size": batch_size, "limit": limit, "normalize": normalize}
+        options |= {"without_media": without_media, "progress": progress}
+        named = [str(data), *map(str, reading.get("media_roots", ()))]
+        with reading.pop("fetcher", None) or LazyFetcher(named) as fetcher:
+            return evaluate(model, processor, read_examples(data, fetcher=fetcher, **reading), out, **options)
+    examples = _with_references(list(data)[:limit])
     answers: dict[int, str] = {}
     sampler = suppressing(greedy, processor.suppressed_ids)
     for chosen, batch in _batches(processor, examples, batch_size):
