@@ -110,7 +110,9 @@ class Mixture:
     def __init__(self, walks: Sequence[Walk], weights: Sequence[float], seed: int = 0):
         self.walks, self.seed = walks, seed
         self._first = [0, *accumulate(walk.n for walk in walks)]
-        self._draws = [max(1, round(walk.n * weight)) for walk, weight in zip(walks, weights, strict=True)]
+        self._draws = [
+            max(1, round(walk.n * weight)) if walk.n else 0 for walk, weight in zip(walks, weights, strict=True)
+        ]
         self.n = sum(self._draws)
         # Blocks of about equal size, large beside the number of parts: the largest part never has to give one back.
         self._blocks = -(-self.n // max(BLOCK, 4 * len(walks) ** 2))

@@ -173,3 +173,8 @@ def test_a_budget_lets_the_next_one_through():
     for thread in threads:
         thread.join(2)
         assert not thread.is_alive()
+
+
+def test_a_mixture_with_a_part_without_rows():
+    walk = Mixture([Shuffle(0, 1), Shuffle(5, 2), Shuffle(0, 3)], [2.0, 1.0, 0.5], seed=4)
+    assert walk.n == 5 and sorted(walk.walk(1)) == list(range(5))
