@@ -10,7 +10,7 @@ import pytest
 from gemma_mlx.data.sources import lines
 from gemma_mlx.data.sources.jsonl import JsonlTable, JsonTable, begins_a_list
 from gemma_mlx.data.sources.local import CsvTable
-from gemma_mlx.errors import InputError
+from gemma_mlx.errors import InputError, SourceError
 
 
 def rows_of(table):
@@ -199,3 +199,82 @@ def test_a_json_list(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=r"train.json: (expected a list|not JSON)"):
             JsonTable(path)
+
+
+def test_many_files_need_few_descriptors(tmp_path, monkeypatch):
+    """They are opened again when they are read, and have to be the same."""
+    monkeypatch.setattr(lines, "MOST_OPEN", 3)
+    paths = [tmp_path / f"{i}.csv" for i in range(8)]
+    for i, path in enumerate(paths):
+        path.write_text(f"text\nrow {i}\n")
+    tables = [CsvTable(path) for path in paths]
+    for _ in range(2):
+        assert [table[0].values["text"] for table in tables] == [f"row {i}" for i in range(8)]
+    assert sum(table._file.file is not None for table in tables) == 3
+
+    def read(first):
+        for i in range(400):
+            assert tables[(i + first) % 8][0].values["text"] == f"row {(i + first) % 8}"
+        done.append(first)
+
+    done = []
+    threads = [threading.Thread(target=read, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1, 2, 3] and sum(table._file.file is not None for table in tables) <= 3
+    del tables[6:]
+    assert [tables[0][0].values, tables[1][0].values, tables[2][0].values] == [{"text": f"row {i}"} for i in range(3)]
+    (tmp_path / "other").write_text("text\nrow x\n")
+    (tmp_path / "other").replace(paths[5])
+    for i in range(4):
+        tables[i][0]
+    with pytest.raises(SourceError, match=r"5.csv: changed while it was in use"):
+        tables[5][0]
+    paths[4].unlink()
+    with pytest.raises(SourceError, match=r"4.csv: cannot be read any more \(No such file"):
+        tables[4][0]
+
+
+@pytest.mark.parametrize("kind", [CsvTable, JsonlTable])
+def test_a_file_that_shrinks_or_grows_in_use(tmp_path, kind):
+    """No row is to blame for what was cut off; what is added later is not read."""
+    path = tmp_path / "train"
+    texts = ["text", "one", "two"]
+    path.write_text("".join(f"{t}\n" if kind is CsvTable else json.dumps({"text": t}) + "\n" for t in texts))
+    table = kind(path)
+    with path.open("a") as file:
+        file.write("more" * 50)
+    last = len(table) - 1
+    assert table[last].values == {"text": "two"}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:12])
+    with pytest.raises(SourceError, match="became shorter while it was in use"):
+        table[last]
+
+
+def test_a_file_that_grows_while_it_is_scanned(tmp_path, monkeypatch):
+    path = tmp_path / "train.csv"
+    path.write_text("text\none\ntwo\n")
+    piece = lines.LineFile.piece
+
+    def growing(self, start, line):
+        with path.open("a") as file:
+            file.write("later\n")
+        return piece(self, start, line)
+
+    monkeypatch.setattr(lines.LineFile, "piece", growing)
+    assert [row.values["text"] for row in rows_of(CsvTable(path))] == ["one", "two"]
+
+
+def test_a_first_line_that_is_broken_is_one_bad_row(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "cut o\n{"text": "fine"}\n')
+    table = JsonlTable(path)
+    assert table.columns == ("text",) and table[1].values == {"text": "fine"}
+    with pytest.raises(InputError, match=r"train.jsonl:1: not JSON"):
+        table[0]
+    path.write_text("no\nJSON\n")
+    with pytest.raises(InputError, match=r"train.jsonl:1: not JSON"):
+        JsonlTable(path)

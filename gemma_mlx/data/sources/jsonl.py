@@ -42,12 +42,14 @@ class JsonlTable:
 
     def _keys(self) -> tuple[str, ...]:
         keys: dict[str, None] = {}
+        first: InputError | None = None
         for index in range(min(len(self), LOOKED_AT)):
             try:
                 keys |= dict.fromkeys(self[index].values)
-            except InputError:  # told when the row is read
-                if index == 0:
-                    raise
+            except InputError as error:  # told when the row is read
+                first = first or error
+        if first is not None and not keys:
+            raise first
         return tuple(keys)
 
     def __len__(self) -> int:

@@ -4,31 +4,57 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from weakref import ref
 
 import numpy as np
 
-from gemma_mlx.errors import InputError
+from gemma_mlx.errors import InputError, SourceError
 
 CHUNK = 8 << 20
 MOST_RECORD = 64 << 20
 """Bytes of one record; a longer one is no row but a broken quote or a wrong file."""
 FIELD_LIMIT = 1 << 24
 """Characters of one cell; Python's own limit (131,072) is shorter than a long document."""
+MOST_OPEN = 64
+"""Files that are open at a time; a process may have few (256 where macOS sets the limit)."""
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
+
+
+class _OpenFiles:
+    """Lets the file that was opened first go, where there are too many; its last reader closes it."""
+
+    def __init__(self) -> None:
+        self._users: list[ref[LineFile]] = []
+        self._lock = threading.Lock()
+
+    def add(self, user: LineFile) -> None:
+        with self._lock:
+            self._users = [one for one in self._users if one() not in (None, user)] + [ref(user)]
+            while len(self._users) > MOST_OPEN:
+                if (first := self._users.pop(0)()) is not None:
+                    first.file = None
 
 
 class LineFile:
     """A file of records, read by place from several threads. It stays the file that was opened, also when another one
-    takes its name."""
+    takes its name, as long as no more than `MOST_OPEN` of a program are in use.
+
+    Raises:
+        InputError: here, where it cannot be read.
+        SourceError: while reading, it is no longer the file that was opened.
+    """
 
     def __init__(self, path: Path, kind: str, name: str = ""):
-        self.name = name or str(path)
+        self.path, self.name = path, name or str(path)
         try:
-            self._file: BinaryIO = path.open("rb")
-            self.size = os.fstat(self._file.fileno()).st_size
+            self.file: BinaryIO | None = path.open("rb")
+            self._stamp = _stamp(self.file)
+            self.size = self._stamp[2]
+            _OPEN.add(self)
             self.read(0, 1)
         except FileNotFoundError:
             raise InputError(f"{self.name}: no such file; give the path of a {kind} file") from None
@@ -37,7 +63,24 @@ class LineFile:
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes in [start, end), as far as there are any."""
-        return os.pread(self._file.fileno(), end - start, start)
+        end = min(end, self.size)
+        file = self.file or self._again()  # which stays open in here, also where it is let go meanwhile
+        data = os.pread(file.fileno(), max(0, end - start), start)
+        if len(data) < end - start:
+            raise SourceError(f"{self.name}: became shorter while it was in use; restore it and resume")
+        return data
+
+    def _again(self) -> BinaryIO:
+        try:
+            file = self.path.open("rb")
+        except OSError as e:
+            raise SourceError(f"{self.name}: cannot be read any more ({e.strerror}); restore it and resume") from None
+        if _stamp(file) != self._stamp:
+            file.close()
+            raise SourceError(f"{self.name}: changed while it was in use; start again, or restore it and resume")
+        self.file = file
+        _OPEN.add(self)
+        return file
 
     def text(self, start: int, end: int, where: str, most: int = MOST_RECORD) -> str:
         """The same as text.
@@ -76,6 +119,15 @@ class LineFile:
             line += piece[:at].count(b"\n") + 1
             raise InputError(f"{self.name}:{line}: a NUL character; save the file as plain UTF-8 text")
         return piece
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int, int, int]:
+    """Which file it is, its size and time."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+_OPEN = _OpenFiles()
 
 
 class Starts:
