@@ -32,6 +32,13 @@ Place = dict[str, int]
 """Epoch, and position within it."""
 
 
+Bad = tuple[int, str, bool]
+
+
+class KnownBadRow(InputError):
+    """A bad row that was counted when all rows were looked at."""
+
+
 def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple: int = 1) -> Batch:
     """One batch of right-padded rows, media in reading order.
 
@@ -148,11 +155,11 @@ class Samples(Protocol):
 @dataclass(frozen=True, slots=True)
 class Made:
     """A batch as a worker hands it over: as `finish` left it, None where no row was left; the names of its rows; the
-    bad ones (sample, reason); samples looked at; bytes of its arrays."""
+    bad ones (sample, reason, whether that was known before); samples looked at; bytes of its arrays."""
 
     batch: Any
     row_ids: tuple[str, ...]
-    bad: tuple[tuple[int, str], ...]
+    bad: tuple[Bad, ...]
     looked_at: int
     nbytes: int
 
@@ -183,9 +190,10 @@ class Batches:
             (seed, epoch) or of the file.
         finish: called on each batch by the worker that made it; what it returns is handed out in the batch's place.
         on_bad_row: "stop", or "skip" to leave bad rows out of their batches; the others stay where they are.
-        max_bad_rows: the part of the rows that may be skipped; more of them stop the iterator.
+        max_bad_rows: the part of an epoch's rows that may be skipped; more of them stop the iterator.
         share: (k, n): of the rows of every batch only each n-th from the k-th on, for the k-th of n processes. All have
-            the same `state`; a process without a row in a batch gets None in its place.
+            the same `state`, but that each counts its own bad rows; a process without a row in a batch gets None in its
+            place.
         state: where to go on, as `state` gave it.
 
     Raises:
@@ -272,7 +280,7 @@ class Batches:
             self.start()
             try:
                 place, made = self._next_ahead() if self.workers else self._next_now()
-                self._count(made)
+                self._count(made, place["epoch"] != self._place["epoch"])
             except BaseException:
                 self.close()
                 raise
@@ -280,16 +288,24 @@ class Batches:
             if made.batch is not None or self.share[1] > 1:
                 return made.batch
 
-    def _count(self, made: Made) -> None:
-        """Keeps account of bad rows, and stops where they are too many."""
-        looked_at, skipped = self._looked_at + made.looked_at, self._skipped + len(made.bad)
-        if skipped > self.max_bad_rows * max(looked_at, FEWEST_LOOKED_AT):
+    def _count(self, made: Made, last: bool) -> None:
+        """Keeps account of an epoch's bad rows, and stops where they are too many.
+
+        Each epoch meets the same ones again, so it is counted by itself; and those that were known before were counted
+        when all rows were looked at.
+        """
+        new = [reason for _, reason, known in made.bad if not known]
+        looked_at, skipped = (self._looked_at, self._skipped) if self._place["position"] else (0, 0)
+        looked_at, skipped = looked_at + made.looked_at, skipped + len(new)
+        if new and skipped > self.max_bad_rows * max(looked_at, FEWEST_LOOKED_AT):
             raise InputError(
                 f"{skipped} of the first {looked_at} rows are bad, more than {self.max_bad_rows:.0%} "
-                f"(--max-bad-rows); the last one: {made.bad[-1][1]}"
+                f"(--max-bad-rows); the last one: {new[-1]}"
             )
+        if last and new and skipped == looked_at and self.share[1] == 1:
+            raise InputError(f"all {looked_at} rows are bad; the last one: {new[-1]}")
         self._looked_at, self._skipped = looked_at, skipped
-        self.bad.update(made.bad)
+        self.bad.update({sample: reason for sample, reason, _ in made.bad})
 
     def start(self) -> None:
         """Begins to read ahead, before the first batch is asked for."""
@@ -300,7 +316,7 @@ class Batches:
 
     def _make(self, rows: Rows) -> Made:
         found: list[list[Sample]] = []
-        bad: list[tuple[int, str]] = []
+        bad: list[Bad] = []
         rows = rows[self.share[0] :: self.share[1]]
         for row in rows:
             good = [sample for i in row if (sample := self._sample(i, bad)) is not None]
@@ -314,7 +330,7 @@ class Batches:
         finished = batch if self.finish is None else self.finish(batch)
         return Made(finished, batch.row_ids, tuple(bad), looked_at, batch.nbytes)
 
-    def _sample(self, index: int, bad: list[tuple[int, str]]) -> Sample | None:
+    def _sample(self, index: int, bad: list[Bad]) -> Sample | None:
         try:
             return self.samples[index]
         except SourceError:
@@ -322,7 +338,7 @@ class Batches:
         except InputError as error:
             if self.on_bad_row != "skip":
                 raise
-            bad.append((index, str(error)))
+            bad.append((index, str(error), isinstance(error, KnownBadRow)))
             return None
 
     def _next_now(self) -> tuple[Place, Made]:
@@ -333,8 +349,15 @@ class Batches:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
             self._budget, self._number = Budget(self.max_bytes), 0
-        while len(self._ahead) <= self.prefetch and (planned := next(self._planned, None)) is not None:
-            rows, place = planned
+        while len(self._ahead) <= self.prefetch:
+            try:
+                rows, place = next(self._planned)
+            except StopIteration:
+                return
+            except Exception as error:  # told where the batch would have come
+                self._ahead.append((self._place, Future()))
+                self._ahead[-1][1].set_exception(error)
+                return
             self._ahead.append((place, self._pool.submit(self._make_within, self._budget, self._number, rows)))
             self._number += 1
 
@@ -375,7 +398,8 @@ class Batches:
 
 
 class Planned:
-    """The batches of a plan from a place on, each with the place after it.
+    """The batches of a plan from a place on, each with the place after it. What the plan raises comes behind the
+    batches before it.
 
     Args:
         plan: gives the batches of each epoch.
@@ -387,21 +411,29 @@ class Planned:
     def __init__(self, plan: Plan, place: Place, epochs: int | None, prefetch: Callable[[int], None] | None):
         self._batches, self._prefetch = self._from(plan, place["epoch"], place["position"], epochs), prefetch
         self._seen: deque[tuple[Rows, Place]] = deque()
+        self._ended: Exception | None = None
 
     def __iter__(self) -> Planned:
         return self
 
     def __next__(self) -> tuple[Rows, Place]:
-        if self._prefetch is None:
-            return next(self._batches)
-        while len(self._seen) <= LOOKED_AHEAD and (found := next(self._batches, None)) is not None:
-            self._seen.append(found)
-            for row in found[0]:
+        ahead = 0 if self._prefetch is None else LOOKED_AHEAD
+        while self._ended is None and len(self._seen) <= ahead:
+            try:
+                self._seen.append(next(self._batches))
+            except Exception as ended:  # StopIteration among them
+                self._ended = ended
+            else:
+                self._fetch(self._seen[-1][0])
+        if not self._seen:
+            raise self._ended
+        return self._seen.popleft()
+
+    def _fetch(self, rows: Rows) -> None:
+        if self._prefetch is not None:
+            for row in rows:
                 for sample in row:
                     self._prefetch(sample)
-        if not self._seen:
-            raise StopIteration
-        return self._seen.popleft()
 
     @staticmethod
     def _from(plan: Plan, epoch: int, position: int, epochs: int | None) -> Iterator[tuple[Rows, Place]]:
@@ -411,9 +443,15 @@ class Planned:
             if batch is None and not position:
                 raise InputError("the data has no rows; expected at least one")
             while batch is not None:
-                after = next(batches, None)
+                failed = None
+                try:
+                    after = next(batches, None)
+                except Exception as error:
+                    after, failed = batch, error
                 position += sum(map(len, batch))
                 last = after is None
                 yield batch, {"epoch": epoch + last, "position": 0 if last else position}
+                if failed is not None:
+                    raise failed
                 batch = after
             epoch, position = epoch + 1, 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_mlx.data.batches import FEWEST_LOOKED_AT, MAX_BAD_ROWS
+from gemma_mlx.data.batches import FEWEST_LOOKED_AT, MAX_BAD_ROWS, KnownBadRow
 from gemma_mlx.data.buckets import TOKENS, of_sample
 from gemma_mlx.data.examples import Example, Prompts
 from gemma_mlx.data.processor import Processor
@@ -88,12 +88,13 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Sample:
         if index in self.bad:
-            raise InputError(self.bad[index])
+            raise KnownBadRow(self.bad[index])
         with self._lock:
             if (kept := self._cache.get(index)) is not None:
                 self._cache.move_to_end(index)
                 return kept
-        sample = self.processor.sample(self.examples[index])
+        with self.examples.staying(index):
+            sample = self.processor.sample(self.examples[index])
         self._keep(index, sample)
         return sample
 
@@ -130,6 +131,8 @@ class Dataset:
 
     def measure(self, indices: Sequence[int]) -> list[int]:
         """Tokens of these rows, where not all are counted; 0 of bad ones, which are told when they are read."""
+        for index in indices if self.prefetch else ():
+            self.prefetch(index)
         with ThreadPoolExecutor(_MEASURERS) as pool:
             found = pool.map(self._measured, indices)
             return [0 if isinstance(sizes, InputError) else int(sizes[TOKENS]) for sizes in found]
@@ -147,8 +150,8 @@ class Dataset:
         good = [(i, sizes) for i, sizes in found if not isinstance(sizes, InputError)]
         if bad and (self.on_bad_row != "skip" or not good):
             raise bad[0]
-        examples = [self.examples[i] for i, _ in good]
-        self._survey = Survey(examples, np.stack([sizes for _, sizes in good]), self.processor)
+        chosen, sizes = zip(*good, strict=True)
+        self._survey = Survey(Some(self.examples, chosen), np.stack(sizes), self.processor)
 
     def _looked_at(self, index: int) -> InputError | None:
         try:
@@ -163,7 +166,8 @@ class Dataset:
         if index in self.bad:
             return InputError(self.bad[index])
         try:
-            return of_sample(self.processor.sample(self.examples[index], with_features=False))
+            with self.examples.staying(index):
+                return of_sample(self.processor.sample(self.examples[index], with_features=False))
         except SourceError:
             raise
         except InputError as error:
@@ -212,10 +216,24 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Some(Sequence[Example]):
+    """Some of the rows, each read when it is asked for: what an example's media lie in may be let go meanwhile."""
+
+    rows: Rows
+    chosen: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.rows[self.chosen[index]]
+
+
+@dataclass(frozen=True)
 class Survey:
     """Some measured rows; attributes as of a `Dataset`."""
 
-    examples: list[Example]
+    examples: Some
     sizes: np.ndarray
     processor: Processor
 

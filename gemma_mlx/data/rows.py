@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from gemma_mlx.data.walks import SHARD_BITS, SHARDS, ByStretches, Mixture, Shuff
 from gemma_mlx.errors import InputError
 
 OPEN_SHARDS = 2 * SHARDS
+"""Shards that stay open, beside those that are in use."""
 _LOOKED_AT = 16
-"""Rows that tell whether media lie far away."""
+"""Rows of each part that tell whether media lie far away."""
 _ALONE = 1 << 8
 """Bytes that a row takes, roughly, where every row is read alone."""
 
@@ -71,9 +74,13 @@ class Rows:
         streams = [part for part in parts if isinstance(part.tables, Shards)]
         if streams and len(parts) > 1:
             raise InputError(f"{source}: shards far away cannot be mixed with other data; fetch them first")
+        if streams and streams[0].weight != 1:
+            raise InputError(f"{source}: shards far away have no weight; fetch them first")
         self._shards: Shards | None = streams[0].tables if streams else None
-        self._open: OrderedDict[int, tuple[Table, RowReader]] = OrderedDict()
+        self._shard_options = streams[0].options if streams else {}
+        self._open: OrderedDict[int, Future[tuple[Table, RowReader]]] = OrderedDict()
         self._counts: dict[int, int] = {}
+        self._users: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._parts = [] if streams else parts
         self._tables = [self._with_reader(t, part.options) for part in self._parts for t in part.tables]
@@ -99,8 +106,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> Example:
         if self._shards:
-            table, reader = self._shard(index >> SHARD_BITS)
-            return reader.example(table[index & (1 << SHARD_BITS) - 1])
+            with self.staying(index):
+                table, reader = self._shard(index >> SHARD_BITS)
+                return reader.example(table[index & (1 << SHARD_BITS) - 1])
         if not 0 <= index < self._first[-1]:
             raise IndexError(index)
         at = bisect_right(self._first, index) - 1
@@ -110,20 +118,48 @@ class Rows:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    @contextmanager
+    def staying(self, index: int) -> Iterator[None]:
+        """As long as this is open, what a row's media are read from stays."""
+        if not self._shards:
+            yield
+            return
+        shard = index >> SHARD_BITS
+        with self._lock:
+            self._users[shard] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users[shard] -= 1
+                self._let_go()
+
     def _shard(self, shard: int) -> tuple[Table, RowReader]:
+        """One thread opens it, others that want it wait."""
         with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        name = self._shards.names[shard]
-        opened = self._with_reader(self._shards.open(name), {})
-        with self._lock:
-            self._counts[shard] = len(opened[0])
-            self._open[shard] = opened
-            while len(self._open) > OPEN_SHARDS:
-                old, _ = self._open.popitem(last=False)
-                self._shards.close(self._shards.names[old])
-        return opened
+            mine = shard not in self._open
+            found = self._open.setdefault(shard, Future())
+            self._open.move_to_end(shard)
+        if mine:
+            try:
+                opened = self._with_reader(self._shards.open(self._shards.names[shard]), self._shard_options)
+            except BaseException as error:
+                with self._lock:
+                    del self._open[shard]
+                found.set_exception(error)
+                raise
+            with self._lock:
+                self._counts[shard] = len(opened[0])
+                found.set_result(opened)
+                self._let_go()
+        return found.result()
+
+    def _let_go(self) -> None:
+        """Closes shards that nobody uses, the longest unused first, but never the last one that was asked for."""
+        idle = [shard for shard in list(self._open)[:-1] if self._open[shard].done() and not self._users[shard]]
+        for shard in idle[: max(0, len(self._open) - OPEN_SHARDS)]:
+            del self._open[shard], self._users[shard]
+            self._shards.close(self._shards.names[shard])
 
     def count(self, shard: int) -> int:
         """Rows of a shard, which is fetched if they have not been counted yet."""
@@ -147,7 +183,9 @@ class Rows:
         """A digest of what the rows are, as `gemma_mlx.data.sources.table.Table.fingerprint`."""
         if len(self._tables) == 1:
             return self._tables[0][0].fingerprint()
-        each = self._shards.names if self._shards else [table.fingerprint() for table, _ in self._tables]
+        each = [*self._shards.names] if self._shards else [table.fingerprint() for table, _ in self._tables]
+        if any(part.weight != 1 for part in self._parts):
+            each += [f"{len(part.tables)} of weight {part.weight}" for part in self._parts]
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
     def notes(self) -> list[str]:
@@ -158,13 +196,16 @@ class Rows:
         """Whether the first rows' media are fetched from elsewhere; a row that is not in order says nothing."""
         if self._shards:
             return False
-        for i in range(min(len(self), _LOOKED_AT)):
-            try:
-                media = self[i].media()
-            except InputError:
-                continue
-            if any(isinstance(part.path, Blob) and hasattr(part.path, "url") for part in media):
-                return True
+        tables = iter(zip(self._tables, self._first, strict=False))
+        for part in self._parts:
+            firsts = [range(first, first + len(table)) for (table, _), first in islice(tables, len(part.tables))]
+            for i in islice(chain(*firsts), _LOOKED_AT):
+                try:
+                    media = self[i].media()
+                except InputError:
+                    continue
+                if any(isinstance(part.path, Blob) and hasattr(part.path, "url") for part in media):
+                    return True
         return False
 
 

@@ -14,7 +14,8 @@ from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.media import load_audio
 from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.template import Sample
-from gemma_mlx.errors import InputError
+from gemma_mlx.data.walks import Shuffle
+from gemma_mlx.errors import InputError, SourceError
 
 MIXED = (
     "id,image_path,audio_path,question,answer,text\n"
@@ -262,3 +263,43 @@ def test_bad_media_name_their_line(table, processor, tmp_path):
     next(batches)
     with pytest.raises(InputError, match=r"train.csv:3: .*broken.wav: unreadable audio"):
         next(batches)
+
+
+class Failing:
+    """A plan of which one batch cannot be made out, for a while."""
+
+    def __init__(self, at):
+        self.walk, self.at = Shuffle(12, shuffle=False), at
+
+    def batches(self, epoch, start=0):
+        for first in range(start, 12, 2):
+            if first == self.at:
+                raise SourceError("shard 3: its server fails")
+            yield [[first], [first + 1]]
+
+    def state(self):
+        return {}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [0, 2, 8])
+def test_errors_of_the_plan_come_in_their_place(workers, ahead, at):
+    """Not before the batches that are there, and not as the end of the data."""
+
+    class Data(list):
+        if ahead:
+            prefetch = lambda self, index: asked.append(index)  # noqa: E731
+
+    asked, plan = [], Failing(at)
+    batches = Batches(Data(row(i) for i in range(12)), 2, plan=plan, workers=workers)
+    batches.start()
+    assert rows_of(take(batches, at // 2)) == [(i, i + 1) for i in range(0, at, 2)]
+    for _ in range(2):
+        with pytest.raises(SourceError, match="shard 3"):
+            next(batches)
+        assert batches.state()["position"] == at and batches._pool is None
+    plan.at = None
+    assert rows_of(take(batches, 6 - at // 2)) == [(i, i + 1) for i in range(at, 12, 2)]
+    assert batches.state()["epoch"] == 1 and bool(asked) == ahead
+    batches.close()

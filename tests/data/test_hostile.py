@@ -188,7 +188,7 @@ def test_one_percent_corrupt(place, processor, checked):
     listed = {**data.bad, **batches.bad}
     assert set(listed) == bad
     assert all(f"train.csv:{i + 2}" in listed[i] and f"{i}.wav" in listed[i] for i in bad)
-    assert state["looked_at"] == 2 * n and state["bad"] == 2 * len(bad)
+    assert state["looked_at"] == n and state["bad"] == len(bad) * (not checked)  # an epoch's, not known before
     for i in bad:  # the order without damage
         (place / f"{i}.wav").write_bytes((place / f"{next(j for j in range(n) if j not in bad)}.wav").read_bytes())
     with Batches(Dataset(path, processor), 7, seed=2, epochs=2) as batches:
@@ -214,3 +214,40 @@ def test_a_resumed_run_goes_on_counting(place, processor):
     again = Batches(Dataset(path, processor), 4, seed=1, epochs=1, on_bad_row="skip", state=states[40])
     assert [batch.row_ids for batch in again] == ids[41:] and again.state() == states[-1]
     assert states[-1]["bad"] == 4 and states[-1]["looked_at"] == 300
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_same_bad_rows_every_epoch_are_no_more_of_them(place, processor, checked):
+    """One row in ten of few: allowed in one epoch, so in any number."""
+    data = Dataset(corrupted(place, 60, set(range(0, 60, 10))), processor, check=False, on_bad_row="skip")
+    if checked:
+        data.measure_all()
+    with Batches(data, 7, seed=2, epochs=5, on_bad_row="skip") as batches:
+        found = [row_id for batch in batches for row_id in batch.row_ids]
+    assert len(found) == 5 * 54 and len(batches.bad) == 6
+
+
+def test_rows_known_to_be_bad_were_counted(place, processor):
+    """Bad rows that come together at the beginning of an epoch stop nothing if they are few in the whole."""
+    n, bad = 1000, range(15)
+    path = corrupted(place, n, set(bad))
+    data = Dataset(path, processor, check=False, on_bad_row="skip", max_bad_rows=0.02)
+    data.measure_all()
+    with Batches(data, 20, shuffle=False, epochs=1, on_bad_row="skip", max_bad_rows=0.02) as batches:
+        assert sum(len(batch.row_ids) for batch in batches) == n - 15
+    fresh = Dataset(path, processor, check=False)
+    with pytest.raises(InputError, match=r"^15 of the first 20 rows are bad, more than 2%.*train.csv:16"):
+        next(Batches(fresh, 20, shuffle=False, on_bad_row="skip", max_bad_rows=0.02, workers=0))
+
+
+def test_no_good_row_in_an_epoch(place, processor):
+    """It does not go round for ever; nor does a resumed run that allows less fail without a reason."""
+    path = corrupted(place, 6, set(range(6)))
+    with pytest.raises(InputError, match=r"^all 6 rows are bad; the last one: .*train.csv:7"):
+        next(Batches(Dataset(path, processor), 4, shuffle=False, on_bad_row="skip", max_bad_rows=1.0))
+    path = corrupted(place, 20, set(range(9)))
+    data = Dataset(path, processor)
+    first = Batches(data, 10, shuffle=False, on_bad_row="skip", workers=0)
+    next(first)
+    again = Batches(data, 10, shuffle=False, on_bad_row="skip", max_bad_rows=0.01, workers=0, state=first.state())
+    assert len(next(again).row_ids) == 10

@@ -2,15 +2,19 @@
 
 import json
 import os
+import threading
+import time
 from collections import Counter
 
 import pytest
 
+from gemma_mlx.data import rows as rows_of_sources
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.dataset import Dataset, read_examples
 from gemma_mlx.data.order import Shuffled
+from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.data.rows import Rows
-from gemma_mlx.data.sources.opening import of_split, open_parts, open_table
+from gemma_mlx.data.sources.opening import Part, Shards, of_split, open_parts, open_table
 from gemma_mlx.errors import InputError
 
 
@@ -158,3 +162,150 @@ def test_corrections(tmp_path):
     rows = Rows(path, patches=str(tmp_path / "patches"))
     assert [example.row_id for example in rows] == ["1", "3"] and any("1" in line for line in rows.notes())
     assert rows.fingerprint() != Rows(path).fingerprint()
+
+
+def test_hidden_folders_are_not_data(tmp_path):
+    texts(tmp_path / "a.csv", ["1", "2"], "csv")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    texts(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.csv", ["1"], "csv")
+    texts(tmp_path / "._a.csv", ["1"], "csv")
+    assert ids(tmp_path) == ["1", "2"]
+    (tmp_path / ".home").mkdir()
+    texts(tmp_path / ".home" / "b.csv", ["3"], "csv")
+    assert ids(tmp_path / ".home") == ["3"]  # named by the user
+
+
+def test_weights_are_part_of_what_the_rows_are(tmp_path):
+    for name in ("a", "b"):
+        texts(tmp_path / f"{name}.csv", [f"{name}{i}" for i in range(4)], "csv")
+    found = set()
+    for one, other in ((1, 1), (2, 1), (1, 2)):
+        (tmp_path / "mix.yaml").write_text(f"- {{data: a.csv, weight: {one}}}\n- {{data: b.csv, weight: {other}}}\n")
+        found.add(Rows(tmp_path / "mix.yaml").fingerprint())
+    assert len(found) == 3
+
+
+def test_a_mixture_with_an_empty_part(tmp_path, processor):
+    """A header alone, or all rows deleted."""
+    texts(tmp_path / "none.csv", [], "csv")
+    texts(tmp_path / "some.csv", ["1", "2", "3"], "csv")
+    (tmp_path / "mix.yaml").write_text("- {data: none.csv, weight: 2}\n- {data: some.csv, weight: 2}\n")
+    data = Dataset(tmp_path / "mix.yaml", processor)
+    assert Counter(i for b in Batches(data, 2, plan=Shuffled(data.walk(1), 2), epochs=1) for i in b.row_ids) == {
+        "1": 2, "2": 2, "3": 2,
+    }  # fmt: skip
+
+
+class Opened:
+    """Shards far away, as `opening` gives them: who opened and who closed which."""
+
+    def __init__(self, folder, monkeypatch, counts, **part):
+        self.opened, self.closed, self.lock = Counter(), [], threading.Lock()
+        for i, count in enumerate(counts):
+            texts(folder / f"{i}.csv", [f"{i}-{k}" for k in range(count)], "csv")
+        self.folder = folder
+        shards = Shards(tuple(f"{i}.csv" for i in range(len(counts))), self.open, self.closed.append, str(folder))
+        monkeypatch.setattr(rows_of_sources, "open_parts", lambda *_, **__: [Part(shards, **part)])
+
+    def open(self, name):
+        with self.lock:
+            self.opened[name] += 1
+        time.sleep(0.01)
+        return open_table(str(self.folder / name))
+
+
+def test_a_shard_is_opened_by_one(tmp_path, monkeypatch):
+    far = Opened(tmp_path, monkeypatch, [3] * 4)
+    rows, found = Rows("s{0..3}.csv"), []
+    threads = [threading.Thread(target=lambda: found.append(rows[2 << 32 | 1].row_id)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["2-1"] * 8 and far.opened == {"2.csv": 1} and not far.closed
+    assert rows.count(2) == 3 and rows.count(1) == 3 and far.opened == {"2.csv": 1, "1.csv": 1}
+
+
+def test_shards_in_use_stay(tmp_path, monkeypatch):
+    """The longest unused are let go, but none whose row is being made a sample."""
+    far = Opened(tmp_path, monkeypatch, [1] * 12)
+    rows = Rows("s{0..11}.csv")
+    with rows.staying(0), rows.staying(0):
+        for shard in range(12):
+            rows[shard << 32]
+        assert far.closed == ["1.csv", "2.csv", "3.csv", "4.csv"]
+    assert far.closed == ["1.csv", "2.csv", "3.csv", "4.csv"]
+    rows[4 << 32]
+    assert far.closed[4:] == ["0.csv"] and far.opened["4.csv"] == 2
+    assert rows.count(1) == 1 and far.opened["1.csv"] == 1  # remembered
+
+
+def test_a_sample_keeps_its_shard(tmp_path, monkeypatch, processor):
+    far = Opened(tmp_path, monkeypatch, [1] * 12)
+    data = Dataset("s{0..11}.csv", processor, check=False, cache_bytes=0)
+    make = processor.sample
+
+    def slow(example, **options):
+        for shard in range(1, 12):
+            data.examples[shard << 32]
+        assert "0.csv" not in far.closed
+        return make(example, **options)
+
+    monkeypatch.setattr(processor, "sample", slow)
+    assert data[0].row_id == "0-0" and data.measure([0]) > [0]
+    assert far.opened["0.csv"] == 1
+
+
+def test_a_shard_that_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
+    far = Opened(tmp_path, monkeypatch, [1, 1])
+    text = (tmp_path / "1.csv").read_text()
+    (tmp_path / "1.csv").unlink()
+    rows = Rows("s{0..1}.csv")
+    with pytest.raises(InputError, match="no such file"):
+        rows[1 << 32]
+    (tmp_path / "1.csv").write_text(text)
+    assert rows[1 << 32].row_id == "1-0" and far.opened == {"1.csv": 2}
+
+
+def test_a_mixture_of_one_stream(tmp_path, monkeypatch):
+    """Its columns hold; a weight has no meaning."""
+    Opened(tmp_path, monkeypatch, [1], options={"columns": {"response": "id"}})
+    assert Rows("mix.yaml")[0].reference == "0-0"
+    Opened(tmp_path, monkeypatch, [1], weight=2.0)
+    with pytest.raises(InputError, match="no weight"):
+        Rows("mix.yaml")
+
+
+def test_some_rows_are_read_when_they_are_asked_for(tmp_path, monkeypatch, processor):
+    """Rows that stand for the others do not hold what has been let go."""
+    far = Opened(tmp_path, monkeypatch, [2] * 12)
+    data = Dataset("s{0..11}.csv", processor, check=False)
+    data.look_at_some(3)
+    first = data.seen.examples[0].row_id
+    for shard in (*range(12), *range(12)):  # the first row's shard is let go
+        if not first.startswith(f"{shard}-"):
+            data.examples[shard << 32]
+    opened = sum(far.opened.values())
+    assert len(data.seen) == len(data.seen.examples) == 3 and data.seen.examples[0].row_id == first
+    assert sum(far.opened.values()) == opened + 1
+
+
+def test_media_far_away_in_any_part(tmp_path, processor):
+    """Known by the first rows of each, so that they are fetched ahead."""
+    texts(tmp_path / "near.csv", map(str, range(30)), "csv")
+    (tmp_path / "far.csv").write_text("id,audio_path,text\nx,gs://b/a.wav,hello\n")
+    (tmp_path / "mix.yaml").write_text("- {data: near.csv}\n- {data: far.csv}\n")
+    with LazyFetcher(folder=tmp_path / "cache") as fetcher:
+        assert Rows(tmp_path / "mix.yaml", fetcher=fetcher).remote_media()
+        assert not Rows(tmp_path / "near.csv", fetcher=fetcher).remote_media()
+
+
+def test_a_fetcher_that_is_made_again_is_of_the_same_run(tmp_path):
+    """It forgets what an earlier run saw, not what this one did."""
+    lazy = LazyFetcher(folder=tmp_path / "cache", run="r")
+    lazy.cache.pin("r", "gs://b/a", "1")
+    lazy.close()
+    assert lazy.cache.pinned("r", "gs://b/a") is not None
+    lazy.close()
+    with LazyFetcher(folder=tmp_path / "cache", run="r") as new:
+        assert new.cache.pinned("r", "gs://b/a") is None

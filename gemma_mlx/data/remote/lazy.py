@@ -42,6 +42,7 @@ class LazyFetcher:
                 cache = Cache(None if self._folder is None else Path(self._folder), self._limit)
                 if self._run and not self._resumed:
                     cache.forget(self._run)
+                    self._resumed = True  # if one is made again, it is the same run
                 named = [host_of(name) for name in self._named if name.startswith(("http://", "https://"))]
                 self._made = Fetcher(cache, run=self._run, allowed_hosts=[*named, *self._hosts])
             return self._made

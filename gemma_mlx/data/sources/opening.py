@@ -149,7 +149,8 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
         from gemma_mlx.data.sources.huggingface import HuggingFaceTable
 
         return (HuggingFaceTable(str(path), split),)
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    seen = (p for p in sorted(path.rglob("*")) if not any(n.startswith(".") for n in p.relative_to(path).parts))
+    files = [p for p in seen if p.is_file()]
     of_rows = [p for p in files if p.suffix.lower() in KINDS and p.suffix.lower() not in (".txt", ".json")]
     if of_rows and not any(kind_of(p.suffix.lower()) for p in files):
         kinds = ", ".join(sorted({p.suffix.lower() for p in of_rows}))
