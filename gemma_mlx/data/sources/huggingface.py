@@ -132,7 +132,9 @@ def _one_split(found: Any, split: str, name: str) -> tuple[datasets.Dataset, str
     if not isinstance(found, dict):
         return found, name
     if split not in found:
-        raise InputError(f"{name}: no split {split!r}; found {', '.join(found)}: choose one of them")
+        raise InputError(
+            f"{name}: no split {split!r}; found {', '.join(found)}: choose one of them (--train-split, --valid-split)"
+        )
     return found[split], f"{name}/{split}"
 
 

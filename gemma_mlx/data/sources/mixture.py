@@ -49,6 +49,10 @@ def read_mixture(path: str, open_parts: Callable[..., list[Any]], split: str) ->
 
 
 def _entries(path: str) -> list[Any]:
+    if "://" in path:
+        raise InputError(
+            f"{path}: a mixture is read from this machine alone; copy the file here, its sources may be URLs"
+        )
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

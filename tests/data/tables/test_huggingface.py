@@ -85,7 +85,7 @@ def test_splits(saved):
     assert (len(train), len(valid)) == (60, 3)
     assert [valid[i].values["text"] for i in range(3)] == ["", "text 3 é", "text 4 é"]
     assert valid[0].where == f"{saved / 'two'}/validation:1"
-    with pytest.raises(InputError, match="no split 'test'; found train, validation: choose one"):
+    with pytest.raises(InputError, match=r"found train, validation: choose one of them \(--train-split, "):
         HuggingFaceTable(saved / "two", "test")
     named = HuggingFaceTable(saved / "two", "validation", name="mine", base="/media")
     assert (named.name, named.base, named[1].where) == ("mine", "/media", "mine/validation:2")
