@@ -19,7 +19,9 @@ from gemma_mlx.data.buckets import LONGEST, MEDIA, MOST, MOST_VALID, SOFT, TOKEN
 from gemma_mlx.data.dataset import Dataset, Survey
 from gemma_mlx.data.order import Plan
 from gemma_mlx.data.packing import joined
-from gemma_mlx.errors import InputError
+from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.template import Sample
+from gemma_mlx.errors import InputError, SourceError
 from gemma_mlx.estimate import ChooseBuckets, Estimate, Kept, estimate, media_weights
 from gemma_mlx.machine import Room
 from gemma_mlx.models.media import MEDIA as KINDS
@@ -222,7 +224,21 @@ def heaviest_batch(
         return len(batch) * sizes[TOKENS] + sum(w * media[kind] for kind, w in weight.items())
 
     processor = with_options(rows.processor, config)
-    chosen = max(islice(plan.batches(0), min(most, MOST_LOOKED_AT)), key=size)
-    samples = [[processor.sample(rows.examples[i]) for i in row] for row in chosen]
     multiple = 1 if should_compile() else PAD_MULTIPLE[mx.default_device().type.name]
-    return collate([joined(row) if config.packing else row[0] for row in samples], processor.pad_id, multiple)
+    for batch in sorted(islice(plan.batches(0), min(most, MOST_LOOKED_AT)), key=size, reverse=True):
+        samples = [[s for i in row if (s := _sample(processor, rows, i, config)) is not None] for row in batch]
+        if found := [joined(row) if config.packing else row[0] for row in samples if row]:
+            return collate(found, processor.pad_id, multiple)
+    raise InputError("all rows that were looked at are bad")
+
+
+def _sample(processor: Processor, rows: Dataset | Survey, index: int, config: TrainConfig) -> Sample | None:
+    """None for a bad row that is skipped."""
+    try:
+        return processor.sample(rows.examples[index])
+    except SourceError:
+        raise
+    except InputError:
+        if config.on_bad_row != "skip":
+            raise
+        return None

@@ -335,11 +335,15 @@ class Job:
             self._log_window(lr, norm.item())
 
     def _account(self, row_ids: list[str]) -> None:
-        """A line of the ledger, which rows the step was made of; and the list of bad rows, if there are more."""
+        """A line of the ledger, which rows the step was made of; and the list of bad rows."""
         p = self.progress
         line = {"step": p.step, "epoch": p.data["epoch"], "position": p.data["position"], "rows": row_ids}
         p.ledger_bytes += self._append(LEDGER, line)
-        if (more := [*self.rows.bad.values(), *self.batches.bad.values()]) and not self.bad.issuperset(more):
+        self._list_bad(self.rows, self.batches)
+
+    def _list_bad(self, rows: Dataset, batches: Batches) -> None:
+        """The list of bad rows, if there are more."""
+        if (more := [*rows.bad.values(), *batches.bad.values()]) and not self.bad.issuperset(more):
             self.bad.update(more)
             write_bad_rows(self.folder / BAD_ROWS, sorted(self.bad))
 
@@ -387,6 +391,7 @@ class Job:
                 labels += sums.labels
                 if stop:
                     return  # not evaluated; the resumed run does it again
+        self._list_bad(self.valid, batches)
         p = self.progress
         p.evaluated = p.step
         record = {"step": p.step, "valid_loss": loss / max(labels, 1), "valid_accuracy": correct / max(labels, 1)}

@@ -6,7 +6,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gemma_mlx.cli.door import enter
 from gemma_mlx.errors import InputError
@@ -48,6 +50,24 @@ def test_bad_rows_are_skipped_and_listed(checkpoint_folder, rows, tmp_path, chec
     assert run.report["bad_rows"] == 2
     with pytest.raises(InputError, match="--max-bad-rows"):
         finetune(str(checkpoint_folder), out=tmp_path / "many", on_bad_row="skip", max_bad_rows=0.005, **options)
+
+
+@pytest.mark.parametrize("check", ["all", "some"])
+def test_a_bad_row_that_seems_the_heaviest(checkpoint_folder, rows, tmp_path, check):
+    """Its header is in order: what the run needs is estimated without it. Bad rows of validation are listed too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    head = "image_path,question,answer\n"
+    (tmp_path / "train.csv").write_text(head + "cut.png,What?,this\n" + ",Why?,because\n" * 5)
+    (tmp_path / "valid.csv").write_text(head + ",Why?,so\n" * 3 + "absent.png,What?,this\ncut.png,What?,this\n")
+    options = {**FAST, "data": tmp_path / "train.csv", "valid": tmp_path / "valid.csv", "batch_size": 1, "check": check}
+    with pytest.raises(InputError, match=r"(train|valid).csv:\d: "):
+        finetune(str(checkpoint_folder), out=tmp_path / "stops", steps=2, **options)
+    run = finetune(str(checkpoint_folder), out=tmp_path / "run", steps=6, on_bad_row="skip", **options)
+    with (run.folder / "bad_rows.csv").open(newline="") as file:
+        places = [line["reason"].split(": ")[0].rsplit("/", 1)[1] for line in csv.DictReader(file)]
+    assert places == ["train.csv:2", "valid.csv:5", "valid.csv:6"] and run.report["bad_rows"] == 3
 
 
 def test_rows_that_were_not_all_looked_at_train_alike(checkpoint_folder, rows, tmp_path):
