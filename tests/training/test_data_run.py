@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import soundfile
 
 from gemma_mlx.cli.door import enter
 from gemma_mlx.errors import InputError
@@ -55,12 +55,14 @@ def test_bad_rows_are_skipped_and_listed(checkpoint_folder, rows, tmp_path, chec
 @pytest.mark.parametrize("check", ["all", "some"])
 def test_a_bad_row_that_seems_the_heaviest(checkpoint_folder, rows, tmp_path, check):
     """Its header is in order: what the run needs is estimated without it. Bad rows of validation are listed too."""
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
-    head = "image_path,question,answer\n"
-    (tmp_path / "train.csv").write_text(head + "cut.png,What?,this\n" + ",Why?,because\n" * 5)
-    (tmp_path / "valid.csv").write_text(head + ",Why?,so\n" * 3 + "absent.png,What?,this\ncut.png,What?,this\n")
+    noise = 0.1 * np.random.default_rng(0).standard_normal(32_000)
+    soundfile.write(tmp_path / "whole.flac", noise.astype(np.float32), 16_000)
+    content = bytearray((tmp_path / "whole.flac").read_bytes())
+    content[9_000:20_000] = bytes(11_000)
+    (tmp_path / "torn.flac").write_bytes(content)
+    head = "audio_path,question,answer\n"
+    (tmp_path / "train.csv").write_text(head + "torn.flac,What?,this\n" + ",Why?,because\n" * 5)
+    (tmp_path / "valid.csv").write_text(head + ",Why?,so\n" * 3 + "absent.wav,What?,this\ntorn.flac,What?,this\n")
     options = {**FAST, "data": tmp_path / "train.csv", "valid": tmp_path / "valid.csv", "batch_size": 1, "check": check}
     with pytest.raises(InputError, match=r"(train|valid).csv:\d: "):
         finetune(str(checkpoint_folder), out=tmp_path / "stops", steps=2, **options)
