@@ -1,6 +1,6 @@
 """Packed rows and batches of similar length: order, every row once an epoch, resumption, waste, what lies in a row."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -203,3 +203,8 @@ def test_a_sample_labelled_from_its_first_token():
     assert packed.labels.tolist() == [IGNORE_INDEX, 1, 1, 1, IGNORE_INDEX, 2, 2]
     assert packed.label_count == row(1, 4).label_count + row(2, 3).label_count == 5
     assert row(1, 4).labels[0] == 1  # what it was made from is untouched
+
+
+def test_packed_rows_without_ids_are_named_by_their_place():
+    places = [replace(row(i, 3), row_id="", where=f"a.csv:{i}") for i in (2, 5)]
+    assert joined([*places, row(7, 2)]).row_id == "a.csv:2, a.csv:5, 7"

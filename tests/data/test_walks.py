@@ -11,7 +11,7 @@ import pytest
 
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.budget import Budget
-from gemma_mlx.data.order import Grouped, Shuffled
+from gemma_mlx.data.order import Grouped, Shuffled, in_turn
 from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.walks import SHARD_BITS, ByStretches, Mixture, Shuffle, Stream
 from gemma_mlx.errors import InputError
@@ -178,3 +178,50 @@ def test_a_budget_lets_the_next_one_through():
 def test_a_mixture_with_a_part_without_rows():
     walk = Mixture([Shuffle(0, 1), Shuffle(5, 2), Shuffle(0, 3)], [2.0, 1.0, 0.5], seed=4)
     assert walk.n == 5 and sorted(walk.walk(1)) == list(range(5))
+
+
+def test_orders_have_nothing_to_do_with_each_other():
+    """Of seeds that differ in any bit; of stretches from epoch to epoch; of one window, block or shard and the next."""
+    seeds = [0, *(1 << bit for bit in range(64))]
+    assert len({tuple(Order(60, seed, 0)) for seed in seeds}) == len(seeds)
+    assert len({tuple(Order(60, 0, epoch)) for epoch in seeds}) == len(seeds)
+    for position in (-1, 60):
+        with pytest.raises(IndexError):
+            Order(60, 0, 0)[position]
+    alone = ByStretches([50] * 6, [10] * 6, 3, most=1)
+    orders = [list(alone.walk(epoch)) for epoch in range(3)]
+    turns = [[order[at] // 50 for at in range(0, 300, 50)] for order in orders]
+    assert all(sorted(turn) == list(range(6)) for turn in turns) and turns[0] != turns[1] != turns[2]
+    inside = {tuple(i % 50 for i in order[at : at + 50]) for order in orders for at in range(0, 300, 50)}
+    assert len(inside) == 18
+    mixed = Mixture([Shuffle(4096, 1), Shuffle(4096, 2)], [1.0, 1.0], seed=3)
+    parts = [[i < 4096 for i in mixed.walk(epoch)] for epoch in range(2)]
+    assert len({tuple(order[at : at + 4096]) for order in parts for at in (0, 4096)}) == 4
+    stream = list(Stream(4, lambda shard: 50, seed=3, together=1).walk(0))
+    rows = {tuple(i & 0xFFFF for i in stream[at : at + 50]) for at in range(0, 200, 50)}
+    assert len(rows) == 4
+    assert in_turn(list(range(60)), 5, 1) != list(Order(60, 5, 1))
+    grouped = Grouped(list(range(200)), 2, 9, 20, Shuffle(200, shuffle=False))
+    first = [batch[0][0] for batch in grouped.batches(0)]
+    assert len({tuple(i % 40 for i in first[at : at + 20]) for at in range(0, 100, 20)}) == 5
+
+
+def test_a_mixture_of_very_many_parts_and_of_small_ones():
+    """No block takes back what another gave; a part of few rows and little weight still comes."""
+    walk = Mixture([Shuffle(70, i) for i in range(300)], [1.0] * 300, seed=1)
+    assert sorted(walk.walk(0)) == list(range(300 * 70))
+    walk = Mixture([Shuffle(3, 1), Shuffle(50, 2)], [0.01, 1.0], seed=1)
+    assert sorted(i for epoch in range(3) for i in walk.walk(epoch) if i < 3) == [0, 1, 2]
+
+
+def test_a_budget_reckons_with_what_is_being_made():
+    """Each of them as large as the largest so far."""
+    budget = Budget(10)
+    for number, size in enumerate((4, 1)):
+        budget.begin(number)
+        budget.end(size)
+    assert budget._may(2)  # 5 + 4
+    budget.begin(2)
+    assert not budget._may(3)  # 5 + 4 + 4
+    budget.take(4)
+    assert budget._may(3)  # 1 + 4 + 4
