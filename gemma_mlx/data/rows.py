@@ -167,10 +167,15 @@ class Rows:
             self._shard(shard)
         return self._counts[shard]
 
+    def _fetch(self, shard: int) -> None:
+        """Begins to fetch a shard."""
+        if shard not in self._open:
+            self._shards.fetch(self._shards.names[shard])
+
     def walk(self, seed: int = 0, shuffle: bool = True) -> Walk:
         """The order of an epoch's rows, as the sources allow: any, or within few stretches of a table at a time."""
         if self._shards:
-            return Stream(len(self._shards.names), self.count, seed, shuffle)
+            return Stream(len(self._shards.names), self.count, seed, shuffle, ahead=self._fetch)
         if not shuffle:
             return Shuffle(len(self), seed, False)
         if all(part.weight == 1 for part in self._parts):

@@ -162,27 +162,37 @@ class Stream:
         seed: orders shards and rows.
         shuffle: false for the order of the data.
         together: shards that are shuffled together.
+        ahead: told of the shards that come after those whose rows come now.
     """
 
     n = None
 
     def __init__(
-        self, shards: int, count: Callable[[int], int], seed: int = 0, shuffle: bool = True, together: int = SHARDS
-    ):
+        self, shards: int, count: Callable[[int], int], seed: int = 0, shuffle: bool = True, together: int = SHARDS,
+        ahead: Callable[[int], None] | None = None,
+    ):  # fmt: skip
         if shards < 1:
             raise InputError("no shards; expected at least one")
         self.shards, self.count, self.seed, self.shuffle, self.together = shards, count, seed, shuffle, together
+        self.ahead = ahead or (lambda shard: None)
 
     def walk(self, epoch: int, start: int = 0) -> Iterator[int]:
         """See `Walk`; samples are named as `SHARD_BITS` says."""
         turn = Shuffle(self.shards, ~self.seed, self.shuffle).walk(epoch)
-        number = 0
-        while window := sorted(islice(turn, self.together if self.shuffle else 1)):
+        number, following = 0, self._window(turn)
+        while window := following:
+            following = self._window(turn)
             counts = [self.count(shard) for shard in window]
             inside = [0, *accumulate(counts)]
             if start < inside[-1]:
+                for shard in following:
+                    self.ahead(shard)
                 order = Order(inside[-1], _window_seed(self.seed, number), epoch) if self.shuffle else range(inside[-1])
                 for i in range(start, inside[-1]):
                     at = bisect_right(inside, order[i]) - 1
                     yield window[at] << SHARD_BITS | (order[i] - inside[at])
             start, number = max(0, start - inside[-1]), number + 1
+
+    def _window(self, turn: Iterator[int]) -> list[int]:
+        """The shards that come together, ascending."""
+        return sorted(islice(turn, self.together if self.shuffle else 1))

@@ -12,9 +12,10 @@ from gemma_mlx.batch import IGNORE_INDEX
 from gemma_mlx.data.batches import Batches, collate
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.media import load_audio
+from gemma_mlx.data.order import Shuffled
 from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.template import Sample
-from gemma_mlx.data.walks import Shuffle
+from gemma_mlx.data.walks import Shuffle, Stream
 from gemma_mlx.errors import InputError, SourceError
 
 MIXED = (
@@ -303,3 +304,18 @@ def test_errors_of_the_plan_come_in_their_place(workers, ahead, at):
     assert rows_of(take(batches, 6 - at // 2)) == [(i, i + 1) for i in range(at, 12, 2)]
     assert batches.state()["epoch"] == 1 and bool(asked) == ahead
     batches.close()
+
+
+def test_a_state_without_what_was_not_known_then():
+    """Lengths may have been counted since: they are not compared with nothing."""
+    data = [row(i) for i in range(6)]
+    batches = Batches(data, 2, seed=1, workers=0, state={"epoch": 1, "position": 4, "seed": 1})
+    assert rows_of(take(batches, 1)) == rows_of(take(Batches(data, 2, seed=1, workers=0), 6))[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_any_row(workers):
+    """Known when they have been read; then it ends, and with a reason."""
+    plan = Shuffled(Stream(3, lambda shard: 0), 2)
+    with pytest.raises(InputError, match="the data has no rows"):
+        next(Batches([], 2, plan=plan, epochs=1, workers=workers))

@@ -1,7 +1,9 @@
 """From a name to rows: kinds of files, folders, patterns, mixtures; what is refused."""
 
+import io
 import json
 import os
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -309,3 +311,42 @@ def test_a_fetcher_that_is_made_again_is_of_the_same_run(tmp_path):
     lazy.close()
     with LazyFetcher(folder=tmp_path / "cache", run="r") as new:
         assert new.cache.pinned("r", "gs://b/a") is None
+
+
+def test_shards_are_fetched_before_their_turn(tmp_path):
+    """In the background, those that are not open; each opened by its own URL."""
+
+    class Fetcher:
+        def __init__(self):
+            self.ahead, self.files = [], []
+
+        def blob(self, url):
+            return url
+
+        def prefetch(self, blob):
+            self.ahead.append(blob)
+
+        def file(self, url):
+            self.files.append(url)
+            return tmp_path / url.rsplit("/", 1)[1]
+
+        def release(self, url):
+            pass
+
+        def list(self, pattern):
+            return [f"gs://b/{i}.tar" for i in range(6)]
+
+    for i in range(6):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"{i}.txt")
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"hi"))
+    fetcher = Fetcher()
+    rows = Rows("gs://b/*.tar", fetcher=fetcher)
+    walk = rows.walk(1).walk(0)
+    rows[next(walk)]
+    first, second = {f"gs://b/{i}.tar" for i in rows._open}, set(fetcher.ahead)
+    assert len(first) == len(fetcher.files) == 4 and len(second) == 2 and not first & second
+    list(walk)
+    list(rows.walk(1).walk(1))
+    assert len(fetcher.files) == 6 and len(fetcher.ahead) == 2

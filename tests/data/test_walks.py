@@ -225,3 +225,19 @@ def test_a_budget_reckons_with_what_is_being_made():
     assert not budget._may(3)  # 5 + 4 + 4
     budget.take(4)
     assert budget._may(3)  # 1 + 4 + 4
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_stream_tells_which_shards_come_next(shuffle):
+    """When rows of those before them come, and not while rows are passed over."""
+    told, together = [], 3 if shuffle else 1
+    walk = Stream(7, lambda shard: 2, seed=5, shuffle=shuffle, together=3, ahead=told.append)
+    order = list(dict.fromkeys(i >> SHARD_BITS for i in walk.walk(0)))
+    assert sorted(told) == sorted(order[together:])
+    told.clear()
+    rows = walk.walk(0)
+    next(rows)
+    assert sorted(told) == sorted(order[together : 2 * together])
+    told.clear()
+    next(walk.walk(0, 4 * together))
+    assert sorted(told) == sorted(order[3 * together : 4 * together])

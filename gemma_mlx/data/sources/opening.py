@@ -30,12 +30,14 @@ class Shards:
         open: a shard's name -> its table.
         close: a shard's name, when its table is not used any more.
         base: what relative media paths start from.
+        fetch: a shard's name, when it will be opened soon.
     """
 
     names: tuple[str, ...]
     open: Callable[[str], Table]
     close: Callable[[str], None]
     base: str
+    fetch: Callable[[str], None] = lambda name: None
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _remote(source: str, fetcher: Any, opener: Callable[..., Table]) -> tuple[Ta
         return opener(fetcher.file(name), name, name.rsplit("/", 1)[0] + "/")
 
     if len(names) > 1 and kinds[0] in (".tar", ".parquet"):
-        return Shards(tuple(names), fetched, fetcher.release, base)
+        return Shards(tuple(names), fetched, fetcher.release, base, lambda name: fetcher.prefetch(fetcher.blob(name)))
     return tuple(map(fetched, names))
 
 
