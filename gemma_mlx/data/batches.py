@@ -381,8 +381,6 @@ class Batches:
 
     def close(self) -> None:
         """Stops the workers and forgets what was read ahead; the next batch starts them again from `state`."""
-        for _, future in self._ahead:
-            future.cancel()
         self._ahead.clear()
         self._planned = None
         if self._pool is not None:

@@ -9,10 +9,11 @@ import pytest
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
 from gemma_mlx.batch import IGNORE_INDEX
-from gemma_mlx.data.batches import Batches, collate
+from gemma_mlx.data.batches import LOOKED_AHEAD, Batches, collate
 from gemma_mlx.data.dataset import Dataset
 from gemma_mlx.data.media import load_audio
 from gemma_mlx.data.order import Shuffled
+from gemma_mlx.data.packing import Packed
 from gemma_mlx.data.permutation import Order
 from gemma_mlx.data.template import Sample
 from gemma_mlx.data.walks import Shuffle, Stream
@@ -319,3 +320,48 @@ def test_shards_without_any_row(workers):
     plan = Shuffled(Stream(3, lambda shard: 0), 2)
     with pytest.raises(InputError, match="the data has no rows"):
         next(Batches([], 2, plan=plan, epochs=1, workers=workers))
+
+
+def test_media_are_asked_for_some_batches_ahead():
+    class Far(list):
+        def prefetch(self, index):
+            asked.append(index)
+
+    asked = []
+    batches = Batches(Far(row(i) for i in range(100)), 2, shuffle=False, epochs=1, workers=0)
+    next(batches)
+    assert asked == list(range(2 * (LOOKED_AHEAD + 1))) and LOOKED_AHEAD == 16
+    assert len(list(batches)) == 49 and asked == list(range(100))
+
+
+class Torn(list):
+    """Rows of which some are bad."""
+
+    def __init__(self, n, bad):
+        super().__init__(row(i) for i in range(n))
+        self.torn = bad
+
+    def __getitem__(self, i):
+        if i in self.torn:
+            raise InputError(f"train.csv:{i + 2}: bad row")
+        return super().__getitem__(i)
+
+
+def test_a_share_may_have_no_good_row():
+    options = {"shuffle": False, "epochs": 2, "on_bad_row": "skip", "max_bad_rows": 1.0}
+    first, second = (list(Batches(Torn(4, {1, 3}), 2, share=(k, 2), **options)) for k in (0, 1))
+    assert rows_of(first) == [(0,), (2,)] * 2 and second == [None] * 4
+
+
+def test_bad_rows_of_packed_batches():
+    """Counted by rows of the data; a packed row without a good one is none."""
+    data = Torn(12, {0, 5})
+    plan = Packed([3] * 12, 2, 6, 1)
+    with Batches(data, 2, seed=1, plan=plan, epochs=1, on_bad_row="skip") as batches:
+        found = [row_id for batch in batches for row_ids in batch.row_ids for row_id in row_ids.split(", ")]
+    assert sorted(found, key=int) == [str(i) for i in range(12) if i not in (0, 5)]
+    assert batches.state()["looked_at"] == 12 and batches.state()["bad"] == 2
+    (whole,) = [r for b in plan.batches(0) for r in b if 0 in r]
+    data = Torn(12, set(whole))
+    with Batches(data, 2, seed=1, plan=plan, epochs=1, on_bad_row="skip") as batches:
+        assert sum(len(batch.row_ids) for batch in batches) == len(plan.rows(0)) - 1

@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,7 +18,7 @@ from gemma_mlx.data.order import Shuffled
 from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.data.rows import Rows
 from gemma_mlx.data.sources.opening import Part, Shards, of_split, open_parts, open_table
-from gemma_mlx.errors import InputError
+from gemma_mlx.errors import InputError, SourceError
 
 
 def texts(path, names, kind="jsonl"):
@@ -350,3 +351,73 @@ def test_shards_are_fetched_before_their_turn(tmp_path):
     list(walk)
     list(rows.walk(1).walk(1))
     assert len(fetcher.files) == 6 and len(fetcher.ahead) == 2
+
+
+def test_parts_of_weight_one_are_one_order(tmp_path, processor):
+    """As the same files named by a pattern."""
+    for name, n in (("a", 7), ("b", 12)):
+        texts(tmp_path / f"{name}.csv", [f"{name}{i}" for i in range(n)], "csv")
+    (tmp_path / "mix.yaml").write_text("- {data: a.csv}\n- {data: b.csv, weight: 1}\n")
+    orders = [list(Rows(tmp_path / name).walk(4).walk(1)) for name in ("mix.yaml", "{a,b}.csv")]
+    assert orders[0] == orders[1] and sorted(orders[0]) == list(range(19))
+
+
+def test_the_last_shard_stays_though_all_others_are_in_use(tmp_path, monkeypatch):
+    far = Opened(tmp_path, monkeypatch, [1] * 10)
+    rows = Rows("s{0..9}.csv")
+    with ExitStack() as used:
+        for shard in range(8):
+            used.enter_context(rows.staying(shard << 32))
+            rows[shard << 32]
+        assert rows.count(8) == 1 and not far.closed
+        assert rows.count(9) == 1 and far.closed == ["8.csv"]
+    assert far.closed == ["8.csv", "7.csv"]  # the first one that nobody used any more
+
+
+def test_a_fetcher_closes_its_cache(tmp_path):
+    with LazyFetcher(folder=tmp_path / "cache") as lazy:
+        cache = lazy.cache
+        assert not cache._closed.is_set()
+    assert cache._closed.is_set()
+
+
+@pytest.mark.parametrize("look", ["check", "measure_all", "look_at_some", "measure", "batches"])
+def test_a_source_that_fails_is_no_bad_row(tmp_path, processor, monkeypatch, look):
+    """Whoever looks at the rows; and where every row that is looked at is bad, it is told."""
+    path = texts(tmp_path / "a.csv", map(str, range(5)), "csv")
+    data = Dataset(path, processor, check=False, on_bad_row="skip")
+
+    def fails(error):
+        def read(self, index):
+            raise error
+
+        monkeypatch.setattr(Rows, "__getitem__", read)
+
+    fails(SourceError("gs://b/a.wav: its server fails"))
+    ways = {
+        "check": data.look_at_all, "measure_all": data.measure_all,
+        "look_at_some": lambda: data.look_at_some(3), "measure": lambda: data.measure([0, 1]),
+        "batches": lambda: next(Batches(data, 5, on_bad_row="skip", max_bad_rows=1.0)),
+    }  # fmt: skip
+    with pytest.raises(SourceError, match="its server fails"):
+        ways[look]()
+    assert not data.bad
+    fails(InputError("a.csv:2: bad"))
+    if look == "measure":
+        assert data.measure([0, 1]) == [0, 0]
+    else:
+        with pytest.raises(InputError, match=r"a.csv:2: bad"):
+            ways[look]()
+
+
+def test_a_sample_made_twice_is_kept_once(tmp_path, processor):
+    """By two threads at once; and one that is too large pushes no other out."""
+    path = texts(tmp_path / "a.csv", ["1"], "csv")
+    with open(path, "a") as file:
+        file.write("2,hi," + "ho " * 500 + "\n")
+    size = Dataset(path, processor)[0].nbytes
+    data = Dataset(path, processor, cache_bytes=2 * size)
+    sample = data[0]
+    data._keep(0, processor.sample(data.examples[0]))
+    assert data._cached == sample.nbytes and data[0] is sample
+    assert data[1].nbytes > 2 * size and data[0] is sample

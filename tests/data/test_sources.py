@@ -278,3 +278,13 @@ def test_a_first_line_that_is_broken_is_one_bad_row(tmp_path):
     path.write_text("no\nJSON\n")
     with pytest.raises(InputError, match=r"train.jsonl:1: not JSON"):
         JsonlTable(path)
+
+
+def test_a_header_of_quoted_names_behind_a_byte_order_mark(table):
+    rows = '"the\n""text""",id\n"a\nb",2\n3,"4"\n'
+    found = CsvTable(table("\ufeff" + rows))
+    assert found.columns == ('the\n"text"', "id")
+    assert [(row.values["id"], row.where.rpartition(":")[2]) for row in rows_of(found)] == [("2", "3"), ("4", "5")]
+    assert [row.values for row in rows_of(found)] == [row.values for row in rows_of(CsvTable(table(rows)))]
+    with pytest.raises(InputError, match=":1: the file is empty"):
+        CsvTable(table("\ufeff\n"))

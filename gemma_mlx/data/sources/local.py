@@ -13,6 +13,9 @@ from gemma_mlx.data.sources.lines import FIELD_LIMIT, LineFile, broken_record, c
 from gemma_mlx.data.sources.table import Row, file_digest
 from gemma_mlx.errors import InputError
 
+_MARK = b"\xef\xbb\xbf"
+"""The byte-order mark; a quote behind it opens a cell."""
+
 
 class CsvTable:
     """A CSV file as a `gemma_mlx.data.sources.table.Table`.
@@ -36,7 +39,8 @@ class CsvTable:
         self.delimiter = "\t" if suffix_of(self.name) == ".tsv" else ","
         csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
         self._file = LineFile(self.path, "CSV", self.name)
-        starts, lines = csv_starts(self._file, self.delimiter, 0, 0)
+        begin = len(_MARK) if self._file.read(0, len(_MARK)) == _MARK else 0
+        starts, lines = csv_starts(self._file, self.delimiter, begin, 0)
         self.columns = self._header(starts, lines)
         self._starts, self._lines = starts[1:], lines[1:]
 
