@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from gemma_mlx.data.dataset import Dataset, read_examples
 from gemma_mlx.data.order import Shuffled
 from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.data.rows import Rows
+from gemma_mlx.data.sources import parquet
 from gemma_mlx.data.sources.opening import Part, Shards, of_split, open_parts, open_table
 from gemma_mlx.errors import InputError, SourceError
 
@@ -343,6 +345,7 @@ def test_shards_are_fetched_before_their_turn(tmp_path):
             member.size = 2
             tar.addfile(member, io.BytesIO(b"hi"))
     fetcher = Fetcher()
+    assert Rows("gs://b/3.tar", fetcher=fetcher).n == 1 and fetcher.files.pop() == "gs://b/3.tar"  # no stream
     rows = Rows("gs://b/*.tar", fetcher=fetcher)
     walk = rows.walk(1).walk(0)
     rows[next(walk)]
@@ -421,3 +424,75 @@ def test_a_sample_made_twice_is_kept_once(tmp_path, processor):
     data._keep(0, processor.sample(data.examples[0]))
     assert data._cached == sample.nbytes and data[0] is sample
     assert data[1].nbytes > 2 * size and data[0] is sample
+
+
+def test_a_shard_that_is_being_opened_stays(tmp_path, monkeypatch):
+    far, go = Opened(tmp_path, monkeypatch, [1] * 12), threading.Event()
+    rows, opening, found = Rows("s{0..11}.csv"), far.open, []
+    rows._shards = replace(rows._shards, open=lambda name: (name != "0.csv" or go.wait(10)) and opening(name))
+    thread = threading.Thread(target=lambda: found.append(rows.count(0)))
+    thread.start()
+    while 0 not in rows._open:
+        time.sleep(0.001)
+    for shard in range(1, 12):
+        rows.count(shard)
+    go.set()
+    thread.join()
+    assert found == [1] and far.opened["0.csv"] == 1 and "0.csv" not in far.closed
+
+
+def test_parts_of_a_mixture_have_their_own_orders(tmp_path):
+    """Also without shuffling: then it is that of the files."""
+    for name in ("a", "b"):
+        texts(tmp_path / f"{name}.csv", [f"{name}{i}" for i in range(30)], "csv")
+    (tmp_path / "mix.yaml").write_text("- {data: a.csv, weight: 2}\n- {data: b.csv, weight: 2}\n")
+    rows = Rows(tmp_path / "mix.yaml")
+    order = list(rows.walk(1).walk(0))
+    first = [list(dict.fromkeys(i % 30 for i in order if i // 30 == part)) for part in (0, 1)]
+    assert sorted(first[0]) == sorted(first[1]) == list(range(30)) and first[0] != first[1]
+    assert list(rows.walk(1, shuffle=False).walk(0)) == list(range(60))
+
+
+def test_a_mixture_says_split_and_media_root_of_a_part(tmp_path, media):
+    for name in ("train", "test"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        (tmp_path / "clips" / name / "x.csv").write_text(f"id,audio_path,text\n{name},short.wav,hello\n")
+    (tmp_path / "roots").mkdir()
+    os.link(media / "short.wav", tmp_path / "roots" / "short.wav")
+    (tmp_path / "mix.yaml").write_text("- {data: clips, split: test, media_root: roots}\n")
+    (example,) = read_examples(tmp_path / "mix.yaml")
+    assert example.row_id == "test" and example.media()[0].path == tmp_path / "roots" / "short.wav"
+    assert ids(f"{tmp_path}/**/x.csv", media_roots=[tmp_path / "roots"]) == ["test", "train"]
+
+
+def test_several_parquet_files_share_what_may_be_decoded_whole(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": [f"r{i}" for i in range(50)], "text": [f"number {i}" for i in range(50)]})
+    for k in range(4):
+        pq.write_table(table, tmp_path / f"{k}.parquet", row_group_size=10)
+    (part,) = open_parts(str(tmp_path / "0.parquet"))
+    monkeypatch.setattr(parquet, "WHOLE_BYTES", 2 * sum(part.tables[0].unit_bytes))
+    for source, whole in (("0.parquet", True), ("{0,1}.parquet", True), ("*.parquet", False), ("", False)):
+        (part,) = open_parts(os.path.join(tmp_path, source))
+        assert all((table.units is None) == whole for table in part.tables)
+
+
+def test_measuring_asks_for_media_first(tmp_path, processor, monkeypatch):
+    data, asked = Dataset(texts(tmp_path / "a.csv", map(str, range(4)), "csv"), processor), []
+    data.prefetch = asked.append
+    measured = data._measured
+    monkeypatch.setattr(data, "_measured", lambda index: len(asked) == 3 and measured(index))
+    assert min(data.measure([2, 0, 3])) > 0 and asked == [2, 0, 3]
+
+
+def test_hosts_that_the_user_named(tmp_path):
+    with LazyFetcher(["http://near.example/a.csv", "a.csv"], hosts=["other.example"], folder=tmp_path / "c") as lazy:
+        assert lazy.cache and sorted(map(str, lazy._made._hosts)) == ["near.example:80", "other.example"]
+
+
+def test_a_mixture_names_urls_as_they_are(tmp_path):
+    (tmp_path / "mix.yaml").write_text("- {data: 'gs://b/a.csv'}\n")
+    with pytest.raises(InputError, match=r"^gs://b/a.csv: only files of this machine"):
+        Rows(tmp_path / "mix.yaml")

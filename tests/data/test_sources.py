@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import random
 import threading
 
+import numpy as np
 import pytest
 
-from gemma_mlx.data.sources import lines
+from gemma_mlx.data.sources import jsonl, lines
 from gemma_mlx.data.sources.jsonl import JsonlTable, JsonTable, begins_a_list
 from gemma_mlx.data.sources.local import CsvTable
 from gemma_mlx.errors import InputError, SourceError
@@ -288,3 +290,56 @@ def test_a_header_of_quoted_names_behind_a_byte_order_mark(table):
     assert [row.values for row in rows_of(found)] == [row.values for row in rows_of(CsvTable(table(rows)))]
     with pytest.raises(InputError, match=":1: the file is empty"):
         CsvTable(table("\ufeff\n"))
+
+
+def test_lines_of_jsonl_are_counted_through_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "CHUNK", 20)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"n": {i}}}\n' + "\n" * (i % 3) for i in range(30)))
+    table, text = JsonlTable(path), path.read_text().split("\n")
+    assert [text[int(row.where.rpartition(":")[2]) - 1] for row in rows_of(table)] == [
+        f'{{"n": {i}}}' for i in range(30)
+    ]
+
+
+def test_a_mark_inside_the_text_is_text(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("\ufeff text , id\n\ufeffa,1\n", encoding="utf-8")
+    table = CsvTable(path)
+    assert table.columns == ("text", "id") and table[0].values["text"] == "\ufeffa"
+
+
+def test_offsets_beyond_four_gigabytes():
+    found = lines.Starts()
+    found.add(np.array([0, 5 << 30]), np.array([1, 3 << 30]))
+    starts, numbers = found.arrays(6 << 30)
+    assert starts.tolist() == [0, 5 << 30, 6 << 30] and numbers.tolist() == [1, 3 << 30]
+
+
+def test_a_json_list_has_a_limit_and_may_have_a_mark(tmp_path, monkeypatch):
+    path = tmp_path / "train.json"
+    path.write_text('\ufeff [{"text": "one"}]', encoding="utf-8")
+    assert begins_a_list(path) and JsonTable(path)[0].values == {"text": "one"}
+    monkeypatch.setattr(jsonl, "MOST_JSON", 1 << 20)
+    path.write_text(json.dumps([{"text": "x" * (3 << 20)}]))
+    with pytest.raises(InputError, match=r"train.json: a record of 3 MiB, the limit is 1"):
+        JsonTable(path)
+
+
+def test_a_file_that_was_rewritten_while_it_was_closed(tmp_path, monkeypatch):
+    """Files that nobody uses any more take no one's place; one that is opened again has to be as old."""
+    monkeypatch.setattr(lines, "MOST_OPEN", 2)
+    paths = [tmp_path / f"{i}.csv" for i in range(4)]
+    for path in paths:
+        path.write_text("text\nrow\n")
+    kept = CsvTable(paths[0])
+    for path in paths[1:]:
+        CsvTable(path)
+    assert kept._file.file is not None
+    others = [CsvTable(path) for path in paths[1:]]
+    assert kept._file.file is None and len(others) == 3
+    stat = paths[0].stat()
+    paths[0].write_text("text\nwor\n")
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    with pytest.raises(SourceError, match="changed while it was in use"):
+        kept[0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from gemma_mlx import loop
 from gemma_mlx.cli.door import enter
 from gemma_mlx.errors import InputError
 from gemma_mlx.loop import finetune
@@ -53,7 +54,7 @@ def test_bad_rows_are_skipped_and_listed(checkpoint_folder, rows, tmp_path, chec
 
 
 @pytest.mark.parametrize("check", ["all", "some"])
-def test_a_bad_row_that_seems_the_heaviest(checkpoint_folder, rows, tmp_path, check):
+def test_a_bad_row_that_seems_the_heaviest(checkpoint_folder, tmp_path, monkeypatch, check):
     """Its header is in order: what the run needs is estimated without it. Bad rows of validation are listed too."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(32_000)
     soundfile.write(tmp_path / "whole.flac", noise.astype(np.float32), 16_000)
@@ -70,6 +71,12 @@ def test_a_bad_row_that_seems_the_heaviest(checkpoint_folder, rows, tmp_path, ch
     with (run.folder / "bad_rows.csv").open(newline="") as file:
         places = [line["reason"].split(": ")[0].rsplit("/", 1)[1] for line in csv.DictReader(file)]
     assert places == ["train.csv:2", "valid.csv:5", "valid.csv:6"] and run.report["bad_rows"] == 3
+    (run.folder / "bad_rows.csv").write_text("reason\nfound before\n")  # by what was stopped
+    flushed = []
+    monkeypatch.setattr(loop, "flush", lambda path: flushed.append(path.name))
+    again = finetune(str(checkpoint_folder), out=run.folder, steps=7, resume=True)
+    assert again.report["bad_rows"] > 1 and "found before" in (run.folder / "bad_rows.csv").read_text()
+    assert set(flushed) == {"metrics.jsonl", "rows.jsonl"}  # before the checkpoint that knows their lengths
 
 
 def test_rows_that_were_not_all_looked_at_train_alike(checkpoint_folder, rows, tmp_path):

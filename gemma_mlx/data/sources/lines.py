@@ -207,7 +207,7 @@ def _simple_lines(piece: bytes, begins: np.ndarray, delimiter: str) -> int:
     first = np.searchsorted(line, line, "left")  # of the quotes on the same line
     opens = (np.arange(len(quotes)) - first) % 2 == 0
     before = text[quotes - 1]
-    well = (quotes == begins[line]) | (before == ord(delimiter)) | ((before == _QUOTE) & (quotes > begins[line]))
+    well = (quotes == begins[line]) | (before == ord(delimiter)) | (before == _QUOTE)
     odd = np.flatnonzero(np.bincount(line, minlength=len(begins)) % 2)
     return int(min([len(begins), *odd[:1], *line[opens & ~well][:1]]))
 
