@@ -103,7 +103,7 @@ class TrainConfig:
     )  # fmt: skip
     media_cache_gb: float = option(
         20.0, "float", "data", "Most gigabytes of remote media kept on disk, the longest unused go first.",
-        low=0.0, resumable=True,
+        low=0.01, resumable=True,
     )  # fmt: skip
     media_cache_dir: str | None = option(
         None, "text", "data", "Their folder; default: gemma_mlx/media in the user's cache folder.", resumable=True

@@ -67,7 +67,7 @@ def open_rows(
         lines=config.text_rows, patches=config.patches, language_mode=config.language_mode,
     )  # fmt: skip
     for line in rows.notes():
-        say.say(f"{path}: {line}")
+        say.say(line)
     many = rows.n is None or rows.n > MOST_CHECKED
     found = Dataset(
         rows, processor, check=False, cache_bytes=0 if many else CACHE_BYTES,  # a row comes again only after all others
@@ -90,6 +90,8 @@ def plan_of(config: TrainConfig, rows: Dataset | Survey) -> Plan:
     """
     walk = rows.walk(config.seed)
     if config.packing:
+        if rows.lengths is None and walk.n is None:
+            raise InputError("packing: shards far away are counted as they come; leave it out, or fetch them")
         if rows.lengths is None:
             raise InputError("packing: rows are packed by their lengths, and not all were looked at; add --check all")
         return Packed(rows.lengths, config.batch_size, row_tokens(config, rows), config.seed, walk)

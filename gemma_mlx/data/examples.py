@@ -228,6 +228,10 @@ class RowReader:
         found = {}
         for kind, names in MEDIA.items():
             cells = {name: given[name] for name in names if name in given}
+            paths = {str(cell).strip() for cell in cells.values() if _is_path(cell)}
+            if len(paths) > 1 and not in_places:
+                columns = " and ".join(repr(self._source[name]) for name in cells)
+                raise InputError(f"{row.where}: {columns} name different files; leave one, or a list in one of them")
             # Bytes at hand need no look-up, so they come before names of files.
             name = next((name for name in cells if not _is_path(cells[name])), next(iter(cells), None))
             if name is None:

@@ -86,6 +86,8 @@ class Rows:
         self._tables = [self._with_reader(t, part.options) for part in self._parts for t in part.tables]
         self._first = [0, *accumulate(len(table) for table, _ in self._tables)]
         if not streams and not self._first[-1]:
+            if any(len(part) for of_part in parts for part in of_part.tables):
+                raise InputError(f"{source}: the corrections leave no row; see {patches}")
             raise InputError(f"{source}:2: no rows below the header; add at least one")
 
     def _with_reader(self, table: Table, options: Mapping[str, Any]) -> tuple[Table, RowReader]:
@@ -101,7 +103,9 @@ class Rows:
 
     def __len__(self) -> int:
         if self.n is None:
-            raise InputError(f"{self.source}: how many rows these shards hold is not known before they are read")
+            raise InputError(
+                f"{self.source}: how many rows these shards hold is not known before they are read; leave out --check all"
+            )
         return self.n
 
     def __getitem__(self, index: int) -> Example:

@@ -194,3 +194,11 @@ def test_media_root_must_exist(table, tmp_path):
 
 def test_no_rows(table):
     assert "no rows below the header" in refused(table("audio_path,text\n"))
+
+
+def test_two_files_for_one_medium_are_refused(table):
+    """Neither is dropped in silence; the same one twice is one."""
+    with pytest.raises(InputError, match=r"train.csv:2: 'audio_path' and 'audio' name different files"):
+        read_examples(table("audio_path,audio,text\nshort.wav,long.wav,hello\n"))
+    (example,) = read_examples(table("audio_path,audio,text\nshort.wav,short.wav,hello\n"))
+    assert len(example.media()) == 1

@@ -64,6 +64,7 @@ def test_splits_of_a_folder(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     texts(tmp_path / "data" / "train" / "a.jsonl", ["a"])
     (tmp_path / "data" / "README.md").write_text("a data set")
+    (tmp_path / "data" / "dataset_infos.json").write_text("{}")
     assert ids(tmp_path / "data") == ["a"]
     with pytest.raises(InputError, match="no files of the split 'validation', only of train"):
         ids(tmp_path / "data", split="validation")
@@ -496,3 +497,30 @@ def test_a_mixture_names_urls_as_they_are(tmp_path):
     (tmp_path / "mix.yaml").write_text("- {data: 'gs://b/a.csv'}\n")
     with pytest.raises(InputError, match=r"^gs://b/a.csv: only files of this machine"):
         Rows(tmp_path / "mix.yaml")
+
+
+def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path):
+    """Neither one that says no split beside some that do, nor one of another kind."""
+    texts(tmp_path / "train.csv", ["1"], "csv")
+    texts(tmp_path / "more.csv", ["2"], "csv")
+    with pytest.raises(InputError, match=r"more.csv \(1 such files\) belongs to no split, train.csv to 'train'"):
+        Rows(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    texts(other / "a.jsonl", ["1"])
+    (other / "b.json").write_text('[{"text": "x"}]')
+    with pytest.raises(InputError, match=r"several kinds \(.json, .jsonl\)"):
+        Rows(other)
+    (other / "a.jsonl").unlink()
+    assert len(Rows(other)) == 1
+    (other / "b.json").unlink()
+    (other / "c.txt").write_text("one\ntwo\n")
+    assert len(Rows(other)) == 2
+
+
+def test_corrections_that_leave_nothing(tmp_path):
+    path = texts(tmp_path / "a.csv", ["1"], "csv")
+    (tmp_path / "patches" / "delete").mkdir(parents=True)
+    (tmp_path / "patches" / "delete" / "x.csv").write_text("id\n1\n")
+    with pytest.raises(InputError, match=r"the corrections leave no row; see .*patches"):
+        Rows(path, patches=str(tmp_path / "patches"))

@@ -153,7 +153,9 @@ def _folder(path: Path, split: str, opener: Callable[..., Table]) -> tuple[Table
         return (HuggingFaceTable(str(path), split),)
     seen = (p for p in sorted(path.rglob("*")) if not any(n.startswith(".") for n in p.relative_to(path).parts))
     files = [p for p in seen if p.is_file()]
-    of_rows = [p for p in files if p.suffix.lower() in KINDS and p.suffix.lower() not in (".txt", ".json")]
+    of_rows = [p for p in files if p.suffix.lower() in KINDS and not _BESIDE.match(p.name)]
+    if all(p.suffix.lower() == ".txt" for p in of_rows) and len(of_rows) < len(files):
+        of_rows = []  # texts beside media
     if of_rows and not any(kind_of(p.suffix.lower()) for p in files):
         kinds = ", ".join(sorted({p.suffix.lower() for p in of_rows}))
         if "," in kinds:
@@ -170,19 +172,28 @@ def of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     anything.
 
     Raises:
-        InputError: some say, and none this split.
+        InputError: some say, and none this split; or some say and others do not.
     """
     names = {file: file.relative_to(folder).as_posix().lower() for file in files}
     of = {file: {kind for kind, word in _SPLITS.items() if word.search(name)} for file, name in names.items()}
     kind = next((kind for kind, word in _SPLITS.items() if word.search(split.lower())), split)
-    chosen = [file for file in files if kind in of[file]]
     said = set().union(*of.values())
-    if said and not chosen:
+    if not said:
+        return files
+    chosen = [file for file in files if kind in of[file]]
+    if not chosen:
         told = ", ".join(sorted(said))
         raise InputError(f"{folder}: no files of the split {split!r}, only of {told}; name the files")
-    return chosen or files
+    if silent := [file.name for file in files if not of[file]]:
+        raise InputError(
+            f"{folder}: {silent[0]} ({len(silent)} such files) belongs to no split, {chosen[0].name} to {split!r}; "
+            "name the files to read"
+        )
+    return chosen
 
 
+_BESIDE = re.compile(r"(readme|licen[cs]e|dataset_infos?\b|dataset_card)", re.IGNORECASE)
+"""Files that lie beside rows and hold none."""
 _SPLITS = {
     kind: re.compile(rf"(^|[^a-z])({words})([^a-z]|$)")
     for kind, words in {"train": "train", "validation": "valid|validation|val|dev", "test": "test|eval"}.items()
