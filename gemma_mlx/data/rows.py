@@ -104,7 +104,7 @@ class Rows:
     def __len__(self) -> int:
         if self.n is None:
             raise InputError(
-                f"{self.source}: how many rows these shards hold is not known before they are read; leave out --check all"
+                f"{self.source}: how many rows these shards hold is known when they are read; leave out --check all"
             )
         return self.n
 
