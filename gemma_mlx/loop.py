@@ -147,11 +147,8 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
         model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
         processor = Processor(source, model.spec)
     processor = with_options(processor, config)
-    fetcher = fetcher_of(config)
-    try:
+    with fetcher_of(config) as fetcher:
         return _run(config, folder, model, given, processor, fetcher, say)
-    finally:
-        fetcher.close()
 
 
 def _run(

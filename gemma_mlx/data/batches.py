@@ -227,12 +227,8 @@ class Batches:
         self.plan = plan or Shuffled(len(samples), batch_size, seed, shuffle)
         if self.plan.walk.n == 0:
             raise InputError("the data has no rows; expected at least one")
-        self.pad_to_multiple, self.workers, self.prefetch, self.max_bytes = (
-            pad_to_multiple,
-            workers,
-            prefetch,
-            max_bytes,
-        )
+        self.pad_to_multiple, self.workers = pad_to_multiple, workers
+        self.prefetch, self.max_bytes = prefetch, max_bytes
         self.on_bad_row, self.max_bad_rows, self.share = on_bad_row, max_bad_rows, share
         self.row_ids: tuple[str, ...] = ()
         self.bad: dict[int, str] = {}

@@ -182,10 +182,9 @@ class Dataset:
             out.append(NO_SIZES if isinstance(one, InputError) else one)
         if not bad:
             return out
-        first, more = next(iter(bad.values())), len(bad) - 1
-        rest = f" ({more} more bad row{'s' if more != 1 else ''} in this file)" if more else ""
+        first = next(iter(bad.values()))
         if self.on_bad_row != "skip":
-            raise InputError(f"{first}{rest}")
+            raise _with_count(first, len(bad) - 1)
         if len(bad) > self.max_bad_rows * max(len(out), FEWEST_LOOKED_AT) or len(bad) == len(out):
             raise InputError(
                 f"{len(bad)} of {len(out)} rows are bad, more than {self.max_bad_rows:.0%} (--max-bad-rows); the first "
@@ -279,7 +278,10 @@ def read_examples(
             more += first is not None
             first = first or e
     if first is not None:
-        raise InputError(
-            f"{first} ({more} more bad row{'s' if more != 1 else ''} in this file)" if more else str(first)
-        )
+        raise _with_count(first, more)
     return examples
+
+
+def _with_count(first: InputError, more: int) -> InputError:
+    """The first bad row, and how many more there are."""
+    return InputError(f"{first} ({more} more bad row{'s' if more != 1 else ''} in this file)" if more else str(first))

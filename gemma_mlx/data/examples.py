@@ -40,7 +40,7 @@ from gemma_mlx.data.messages import MessageReader, tools_of
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.table import Row
 from gemma_mlx.data.turns import Audio, Example, Image, Part, Text, Turn, Video
-from gemma_mlx.data.values import filled, media_of, objects_of, text_of
+from gemma_mlx.data.values import filled, first_medium, is_path, media_of, objects_of, text_of
 from gemma_mlx.errors import InputError
 
 __all__ = ["Audio", "Example", "Image", "Part", "Prompts", "RowReader", "Text", "Turn", "Video"]
@@ -228,15 +228,13 @@ class RowReader:
         found = {}
         for kind, names in MEDIA.items():
             cells = {name: given[name] for name in names if name in given}
-            paths = {str(cell).strip() for cell in cells.values() if _is_path(cell)}
+            paths = {str(cell).strip() for cell in cells.values() if is_path(cell)}
             if len(paths) > 1 and not in_places:
                 columns = " and ".join(repr(self._source[name]) for name in cells)
                 raise InputError(f"{row.where}: {columns} name different files; leave one, or a list in one of them")
-            # Bytes at hand need no look-up, so they come before names of files.
-            name = next((name for name in cells if not _is_path(cells[name])), next(iter(cells), None))
-            if name is None:
+            if (name := first_medium(cells)) is None:
                 continue
-            if name != names[0] and name not in self.mapping and _is_path(cells[name]) and not in_places:
+            if name != names[0] and name not in self.mapping and is_path(cells[name]) and not in_places:
                 self._check_name(self._source[name])
             elif media := media_of(cells[name], self.folders, self._source[name], row.where):
                 found[kind] = media
@@ -259,8 +257,3 @@ class RowReader:
         if "{language}" in prompt and not language:
             raise InputError(f"{row.where}: the audio prompt has {{language}}, but the row names none; fill 'language'")
         return prompt.replace("{language}", language)
-
-
-def _is_path(value: Any) -> bool:
-    """Whether a media cell is the name of one file."""
-    return isinstance(value, str) and not value.lstrip().startswith(("[", "data:"))

@@ -35,9 +35,15 @@ ROLES = {
     **{"assistant": "model", "model": "model", "gpt": "model", "tool": "tool"},
 }
 KINDS: dict[str, type[Image] | type[Video] | type[Audio]] = {"image": Image, "video": Video, "audio": Audio}
-_TYPES = {"text": "text", "input_text": "text", "output_text": "text"} | {
-    spelling.format(kind): kind for kind in KINDS for spelling in ("{}", "{}_url", "input_{}")
-}
+
+
+def spellings(kind: str) -> tuple[str, ...]:
+    """Types of a part of this kind, and the keys of such a part that its medium may stand in."""
+    return kind, f"{kind}_url", f"input_{kind}"
+
+
+MEDIA_TYPES = {spelling: kind for kind in KINDS for spelling in spellings(kind)}
+_TYPES = {"text": "text", "input_text": "text", "output_text": "text"} | MEDIA_TYPES
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 """Templates differ in the name that they read, so a thought is handed on under all of them."""
 _TAG = re.compile(r"<(image|video|audio)>")
@@ -150,7 +156,7 @@ class MessageReader:
             if not isinstance(text := part.get("text"), str):
                 raise InputError(f"{self.where}: {told}: text is {kind_of(text)}; expected text")
             return Text(text)
-        named = [key for key in (kind, f"{kind}_url", f"input_{kind}") if filled(part.get(key))]
+        named = [key for key in spellings(kind) if filled(part.get(key))]
         plain = {key: part[key] for key in KEYS if filled(part.get(key))}
         if len(named) + bool(plain) > 1:
             keys = ", ".join((*named, *plain))

@@ -17,7 +17,7 @@ from gemma_mlx.data.blob import Blob
 from gemma_mlx.data.examples import Example, Prompts, RowReader
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.opening import Shards, open_parts
-from gemma_mlx.data.sources.table import Table
+from gemma_mlx.data.sources.table import Table, stretches
 from gemma_mlx.data.tuner.layout import PatchedTable, patching
 from gemma_mlx.data.walks import SHARD_BITS, SHARDS, ByStretches, Mixture, Shuffle, Stream, Walk
 from gemma_mlx.errors import InputError
@@ -219,14 +219,5 @@ class Rows:
 
 
 def _walk(tables: list[Table], seed: int) -> Walk:
-    if all(table.units is None for table in tables):
-        return Shuffle(sum(map(len, tables)), seed)
-    units = [rows for table in tables for rows in (table.units or [len(table)])]
-    return ByStretches(units, [size for table in tables for size in _unit_bytes(table)], seed)
-
-
-def _unit_bytes(table: Table) -> list[int]:
-    """Bytes of each of a table's stretches in use."""
-    if table.units is None:
-        return [len(table) * _ALONE]
-    return list(getattr(table, "unit_bytes", [rows * _ALONE for rows in table.units]))
+    found = stretches(tables, _ALONE)
+    return Shuffle(sum(map(len, tables)), seed) if found is None else ByStretches(*found, seed)

@@ -100,17 +100,34 @@ def _inside(value: Any) -> list[Any]:
     return [inner for inner in found if isinstance(inner, (Mapping, list, tuple))]
 
 
+def is_path(value: Any) -> bool:
+    """Whether a media cell is the name of one file."""
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "data:"))
+
+
+def first_medium(cells: Mapping[str, Any]) -> str | None:
+    """The name of the cell that a row's media of one kind are read from: bytes at hand need no look-up, so they come
+    before names of files."""
+    return next((name for name, cell in cells.items() if not is_path(cell)), next(iter(cells), None))
+
+
+def listed(value: Any) -> Any:
+    """The list that a cell's text spells in JSON, or the cell."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):  # then it is the name of a file
+            pass
+    return value
+
+
 def media_of(value: Any, folders: Folders, column: str, where: str) -> list[Medium]:
     """The media of a cell, in order: one, or a list of them, or its JSON text.
 
     Raises:
         InputError: as `medium_of`.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):  # then it is the name of a file
-            return [medium_of(value, folders, column, where)]
+    value = listed(value)
     if isinstance(value, (list, tuple)):
         return [medium_of(item, folders, column, where) for item in value if filled(item)]
     return [medium_of(value, folders, column, where)]

@@ -71,9 +71,8 @@ class ByStretches:
             inside = [0, *accumulate(self.units[u] for u in window)]
             if start < inside[-1]:
                 order = Order(inside[-1], _window_seed(self.seed, number), epoch)
-                for i in range(start, inside[-1]):
-                    at = bisect_right(inside, order[i]) - 1
-                    yield self._first[window[at]] + order[i] - inside[at]
+                for at, row in _rows(order, inside, start):
+                    yield self._first[window[at]] + row
             start = max(0, start - inside[-1])
 
     def _windows(self, epoch: int) -> Iterator[list[int]]:
@@ -93,6 +92,13 @@ class ByStretches:
 def _window_seed(seed: int, number: int) -> int:
     """The first window has the seed of `Shuffle`."""
     return seed + number * 0x9E3779B9
+
+
+def _rows(order: Sequence[int], edges: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
+    """(stretch of the window, row of the stretch) of each place from `start` on; `edges`: cumulated rows, from 0."""
+    for i in range(start, edges[-1]):
+        at = bisect_right(edges, order[i]) - 1
+        yield at, order[i] - edges[at]
 
 
 class Mixture:
@@ -188,9 +194,8 @@ class Stream:
                 for shard in following:
                     self.ahead(shard)
                 order = Order(inside[-1], _window_seed(self.seed, number), epoch) if self.shuffle else range(inside[-1])
-                for i in range(start, inside[-1]):
-                    at = bisect_right(inside, order[i]) - 1
-                    yield window[at] << SHARD_BITS | (order[i] - inside[at])
+                for at, row in _rows(order, inside, start):
+                    yield window[at] << SHARD_BITS | row
             start, number = max(0, start - inside[-1]), number + 1
 
     def _window(self, turn: Iterator[int]) -> list[int]:

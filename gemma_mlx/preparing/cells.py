@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma_mlx.data.values import KEYS, filled
+from gemma_mlx.data.messages import MEDIA_TYPES, spellings
+from gemma_mlx.data.values import KEYS, filled, listed
 
-KINDS = ("image", "video", "audio")
 Address = tuple[str | int, ...]
 """Keys and positions from the row down to a cell: ``("messages", 0, "content", 1, "audio")``."""
 
@@ -21,24 +20,13 @@ def normal(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
         columns: column -> kind, of those that hold media.
     """
     return {
-        name: _listed(cell) if name in columns else _normal_messages(_messages(cell)) for name, cell in values.items()
+        name: listed(cell) if name in columns else _normal_messages(_messages(cell)) for name, cell in values.items()
     }
-
-
-def _listed(cell: Any) -> Any:
-    """The list that a cell's text spells, or the cell."""
-    if isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            found = json.loads(cell)
-        except (ValueError, RecursionError):  # then it is the name of a file
-            return cell
-        return found if isinstance(found, list) else cell
-    return cell
 
 
 def _messages(cell: Any) -> Any:
     """A conversation, from its JSON text too; any other cell as it is."""
-    found = _listed(cell)
+    found = listed(cell)
     return found if _is_conversation(found) else cell
 
 
@@ -67,16 +55,14 @@ def _normal_part(part: Any) -> Any:
     kind = _kind_of(part)
     if not kind:
         return part
-    named = next((key for key in (kind, f"{kind}_url", f"input_{kind}") if filled(part.get(key))), None)
+    named = next((key for key in spellings(kind) if filled(part.get(key))), None)
     cell = part[named] if named else {key: part[key] for key in (*KEYS, "format") if filled(part.get(key))}
     return {"type": kind, kind: cell} if filled(cell) else {"type": kind}
 
 
 def _kind_of(part: Any) -> str:
     """ "audio" of a part of the type "audio", "audio_url" or "input_audio"; "" of any other."""
-    kind = str(part.get("type") or "") if isinstance(part, Mapping) else ""
-    kind = kind.removesuffix("_url").removeprefix("input_")
-    return kind if kind in KINDS else ""
+    return MEDIA_TYPES.get(str(part.get("type"))) or "" if isinstance(part, Mapping) else ""
 
 
 def media_cells(values: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[tuple[Address, str, Any]]:

@@ -13,7 +13,7 @@ from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.opening import Shards, open_parts
 from gemma_mlx.data.sources.table import Row, Table
 from gemma_mlx.data.tuner.layout import patching
-from gemma_mlx.data.values import filled, medium_of
+from gemma_mlx.data.values import filled, first_medium, medium_of
 from gemma_mlx.errors import InputError
 from gemma_mlx.preparing.cells import Address, media_cells, normal
 from gemma_mlx.preparing.nemo import KEY, Manifest
@@ -61,8 +61,8 @@ class Source:
         """Column -> kind, of those whose media a row's example has; where there are several, as `RowReader` chooses."""
         found = {}
         for kind, names in MEDIA.items():
-            cells = [self.names[name] for name in names if filled(values.get(self.names[name]))]
-            column = next((name for name in cells if not is_path(values[name])), next(iter(cells), None))
+            columns = [self.names[name] for name in names]
+            column = first_medium({name: values[name] for name in columns if filled(values.get(name))})
             if column is not None:
                 found[column] = kind
         return found
@@ -143,8 +143,3 @@ def open_rows(
             names = {standard: mapping.get(standard, standard) for standard in STANDARD}
             sources.append(Source(table, reader, folders, names, change))
     return Rows(name, sources)
-
-
-def is_path(cell: Any) -> bool:
-    """Whether a media cell is the name of one file."""
-    return isinstance(cell, str) and not cell.lstrip().startswith(("[", "data:"))

@@ -14,9 +14,6 @@ FORMATS = ("parquet", "jsonl", "csv")
 GROUP_ROWS, GROUP_BYTES = 1000, 64 << 20
 """Most rows of a row group, and the bytes of media after which it ends."""
 
-HELD = {"bytes", "path"}
-"""The keys of an embedded medium, as the library ``datasets`` has them."""
-
 Values = dict[str, Any]
 MakeRows = Callable[[bool], Iterable[tuple[Values, str]]]
 """Gives the rows as (values, where) from the first one on, with the bytes of embedded media or None in their place; may

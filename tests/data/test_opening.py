@@ -210,7 +210,7 @@ class Opened:
         for i, count in enumerate(counts):
             texts(folder / f"{i}.csv", [f"{i}-{k}" for k in range(count)], "csv")
         self.folder = folder
-        shards = Shards(tuple(f"{i}.csv" for i in range(len(counts))), self.open, self.closed.append, str(folder))
+        shards = Shards(tuple(f"{i}.csv" for i in range(len(counts))), self.open, self.closed.append)
         monkeypatch.setattr(rows_of_sources, "open_parts", lambda *_, **__: [Part(shards, **part)])
 
     def open(self, name):

@@ -14,6 +14,8 @@ from gemma_mlx.errors import InputError
 AUDIO = frozenset((".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac"))
 IMAGE = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"))
 VIDEO = frozenset((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v"))
+MEDIA_KINDS = ("image", "video", "audio")
+"""In the order in which a turn has them."""
 MAX_TEXT_BYTES = 1 << 24
 """Of one text; the same limit as a cell of a CSV."""
 

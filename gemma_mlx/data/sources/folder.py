@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gemma_mlx.data.sources.cells import MAX_TEXT_BYTES, decoded, kind_of
-from gemma_mlx.data.sources.table import Row, Table
+from gemma_mlx.data.sources.cells import MAX_TEXT_BYTES, MEDIA_KINDS, decoded, kind_of
+from gemma_mlx.data.sources.table import Row, Table, stretches
 from gemma_mlx.errors import InputError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ROW_BYTES = 512
-KINDS = ("image", "video", "audio")
 
 
 class FolderTable:
@@ -56,7 +55,7 @@ class FolderTable:
         if not media:
             raise InputError(f"{self.name}: no audio, images or videos in this folder; expected some, with their texts")
         found = {kind_of(_suffix(file)) for file in media}
-        kinds = tuple(f"{kind}_path" for kind in KINDS if kind in found)
+        kinds = tuple(f"{kind}_path" for kind in MEDIA_KINDS if kind in found)
         metadata = [file for file in files if file.rpartition("/")[2] in METADATA]
         self._rows: _Rows
         if metadata:
@@ -123,10 +122,7 @@ class _Described:
         self._first = [0, *accumulate(map(len, self._tables))]
         columns = dict.fromkeys(column for table in self._tables for column in table.columns)
         self.columns = (*kinds, *(c for c in columns if not _is_reference(c) and c not in kinds))
-        tables = self._tables
-        by_stretch = any(table.units is not None for table in tables)
-        self.units = [n for t in tables for n in (t.units or [len(t)])] if by_stretch else None
-        self.unit_bytes = [size for table in tables for size in _unit_bytes(table)]
+        self.units, self.unit_bytes = stretches(self._tables, _ROW_BYTES) or (None, [])
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -154,13 +150,6 @@ class _Described:
     def identity(self) -> bytes:
         parts = [f"{at}\0{table.fingerprint()}" for at, table in zip(self._folders, self._tables, strict=True)]
         return "\0".join(parts).encode()
-
-
-def _unit_bytes(table: Table) -> list[int]:
-    """Bytes of each stretch of a table; of one that is read row by row, about."""
-    if table.units is None:
-        return [len(table) * _ROW_BYTES]
-    return list(getattr(table, "unit_bytes", [rows * _ROW_BYTES for rows in table.units]))
 
 
 def _metadata_table(path: Path, name: str) -> Table:

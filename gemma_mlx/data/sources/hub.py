@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
-from gemma_mlx.data.sources.cells import kind_of
+from gemma_mlx.data.sources.cells import MEDIA_KINDS, kind_of
 from gemma_mlx.data.sources.hub_layout import Listing, choose, suffix
 from gemma_mlx.data.sources.table import Row, Table
 from gemma_mlx.errors import InputError, SourceError
 from gemma_mlx.files import cache_folder, write_whole
 
 SYNTAX = "hf://datasets/owner/name[@revision][/path]"
-MEDIA_KINDS = ("image", "video", "audio")
 
 _SOURCE = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/@]+|[^/@]+))?(?:/(?P<path>.*))?"

@@ -20,6 +20,7 @@ from gemma_mlx.data.sources.cells import kind_of
 from gemma_mlx.errors import InputError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".txt")
+"""Suffixes of files of rows."""
 WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -27,7 +28,8 @@ WORDS = {
 }
 _SHARD = re.compile(r"(?:^|/)data/([\w.]+)-\d{5}-of-\d{5}[^/]*$")
 _NO_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
-_WILD = re.compile(r"[*?\[{]")
+WILD = re.compile(r"[*?\[{]")
+"""What makes a name a pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def choose(listing: Listing, path: str, split: str, name: str) -> list[str]:
     """
     if path in listing.files:
         return _one_kind([path], name)
-    if _WILD.search(path):
+    if WILD.search(path):
         found = [file for file in listing.files if _pattern(path).fullmatch(file)]
         if not found:
             raise InputError(f"{name}: no file matches {path}; the repository has {_some(listing.files)}")

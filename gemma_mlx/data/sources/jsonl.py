@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gemma_mlx.data.sources.lines import LineFile, plain_starts
 from gemma_mlx.data.sources.table import Row, file_digest
+from gemma_mlx.data.values import kind_of
 from gemma_mlx.errors import InputError
 
 LOOKED_AT = 1_000
@@ -60,13 +60,9 @@ class JsonlTable:
         text = self._file.text(int(self._starts[index]), int(self._starts[index + 1]), where)
         return _row(_parsed(text, where), where)
 
-    @cached_property
-    def _digest(self) -> str:
-        return file_digest(self.path)
-
     def fingerprint(self) -> str:
         """sha256 of the file."""
-        return self._digest
+        return file_digest(self.path)
 
 
 class JsonTable:
@@ -95,13 +91,9 @@ class JsonTable:
     def __getitem__(self, index: int) -> Row:
         return _row(self._rows[index], f"{self.name}:{index + 1}")
 
-    @cached_property
-    def _digest(self) -> str:
-        return file_digest(self.path)
-
     def fingerprint(self) -> str:
         """sha256 of the file."""
-        return self._digest
+        return file_digest(self.path)
 
 
 def begins_a_list(path: Path) -> bool:
@@ -112,7 +104,7 @@ def begins_a_list(path: Path) -> bool:
 
 def _row(found: Any, where: str) -> Row:
     if not isinstance(found, dict):
-        raise InputError(f"{where}: expected a JSON object, found a {_kind(found)}; write one object a line")
+        raise InputError(f"{where}: expected a JSON object, found {kind_of(found)}; write one object a line")
     return Row({key: _cell(value) for key, value in found.items() if value is not None}, where)
 
 
@@ -136,7 +128,3 @@ def _parsed(text: str, where: str) -> Any:
 
 def _cell(value: Any) -> Any:
     return value if isinstance(value, str | list | dict) else json.dumps(value)
-
-
-def _kind(value: Any) -> str:
-    return {list: "list", str: "text", bool: "truth value", type(None): "null"}.get(type(value), "number")

@@ -182,13 +182,18 @@ def csv_starts(file: LineFile, delimiter: str, start: int, line: int) -> tuple[n
     return found.arrays(file.size)
 
 
-def _lines_of(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(where each line begins, whether there is something in it)."""
-    text = np.frombuffer(piece, np.uint8)
+def line_edges(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where each line begins, where its line break or the end is) in bytes, uint8 [n]."""
     ends = np.flatnonzero(text == _NEWLINE)
     if not len(ends) or ends[-1] != len(text) - 1:
         ends = np.append(ends, len(text))
-    begins = np.concatenate([[0], ends[:-1] + 1])
+    return np.concatenate([[0], ends[:-1] + 1]), ends
+
+
+def _lines_of(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(where each line begins, whether there is something in it)."""
+    text = np.frombuffer(piece, np.uint8)
+    begins, ends = line_edges(text)
     lengths = ends - begins
     return begins, (lengths > 1) | ((lengths == 1) & (text[begins] != _RETURN))
 

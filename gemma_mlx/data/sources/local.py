@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +78,6 @@ class CsvTable:
             )
         return Row(dict(zip(self.columns, cells, strict=True)), where)
 
-    @cached_property
-    def _digest(self) -> str:
-        return file_digest(self.path)
-
     def fingerprint(self) -> str:
         """sha256 of the file."""
-        return self._digest
+        return file_digest(self.path)

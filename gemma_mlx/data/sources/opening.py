@@ -14,11 +14,11 @@ from typing import Any
 from gemma_mlx.data.blob import suffix_of
 from gemma_mlx.data.remote.patterns import expanded
 from gemma_mlx.data.sources.cells import kind_of
+from gemma_mlx.data.sources.hub_layout import KINDS, WILD
 from gemma_mlx.data.sources.table import Table
 from gemma_mlx.errors import InputError
 
 REMOTE = ("https://", "http://", "gs://")
-_WILD = re.compile(r"[*?\[{]")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Shards:
         names: of the shards, in order.
         open: a shard's name -> its table.
         close: a shard's name, when its table is not used any more.
-        base: what relative media paths start from.
         fetch: a shard's name, when it will be opened soon.
     """
 
     names: tuple[str, ...]
     open: Callable[[str], Table]
     close: Callable[[str], None]
-    base: str
     fetch: Callable[[str], None] = lambda name: None
 
 
@@ -132,15 +130,11 @@ def open_file(
     )
 
 
-KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".txt")
-"""Suffixes of files of rows."""
-
-
 def _local(source: str, split: str, opener: Callable[..., Table]) -> tuple[Table, ...]:
     path = Path(source)
     if path.is_dir():
         return _folder(path, split, opener)
-    if path.exists() or not _WILD.search(source):
+    if path.exists() or not WILD.search(source):
         return (opener(path, source),)
     paths = [found for name in expanded(source) for found in (sorted(glob.glob(name, recursive=True)) or [name])]
     return tuple(opener(Path(p), p, among=len(paths)) for p in paths)
@@ -203,19 +197,18 @@ _SPLITS = {
 def _remote(source: str, fetcher: Any, opener: Callable[..., Table]) -> tuple[Table, ...] | Shards:
     if fetcher is None:
         raise InputError(f"{source}: only files of this machine can be read here")
-    names = fetcher.list(source) if _WILD.search(source) or source.endswith("/") else [source]
+    names = fetcher.list(source) if WILD.search(source) or source.endswith("/") else [source]
     if not names:
         raise InputError(f"{source}: nothing matches; correct the pattern")
     kinds = sorted({suffix_of(name) for name in names})
     if len(kinds) > 1 or kinds[0] not in KINDS:
         raise InputError(f"{source}: expected files of one known kind ({', '.join(KINDS)}), found {', '.join(kinds)}")
-    base = names[0].rsplit("/", 1)[0] + "/"
 
     def fetched(name: str) -> Table:
         return opener(fetcher.file(name), name, name.rsplit("/", 1)[0] + "/")
 
     if len(names) > 1 and kinds[0] in (".tar", ".parquet"):
-        return Shards(tuple(names), fetched, fetcher.release, base, lambda name: fetcher.prefetch(fetcher.blob(name)))
+        return Shards(tuple(names), fetched, fetcher.release, lambda name: fetcher.prefetch(fetcher.blob(name)))
     return tuple(map(fetched, names))
 
 

@@ -51,6 +51,23 @@ class Table(Protocol):
         """A digest of what the rows are, so that a resumed run notices another file; never reads media."""
 
 
+def stretches(tables: Sequence[Table], row_bytes: int) -> tuple[list[int], list[int]] | None:
+    """(rows, bytes in use) of each stretch of tables end to end; None where every row of all is read alone.
+
+    A table whose rows are read alone is one stretch; a row of it takes `row_bytes`, roughly.
+    """
+    if all(table.units is None for table in tables):
+        return None
+    units: list[int] = []
+    sizes: list[int] = []
+    for table in tables:
+        own = [len(table)] if table.units is None else list(table.units)
+        known = None if table.units is None else getattr(table, "unit_bytes", None)
+        units += own
+        sizes += [rows * row_bytes for rows in own] if known is None else known
+    return units, sizes
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma_mlx.data.sources.cells import MAX_TEXT_BYTES
 from gemma_mlx.data.sources.digests import ends_digest
-from gemma_mlx.data.sources.lines import LineFile
+from gemma_mlx.data.sources.lines import LineFile, line_edges
 from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError
 
@@ -74,10 +74,7 @@ def _filled_lines(file: LineFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     line, found = 0, [np.zeros((3, 0), np.int64)]
     while piece := file.piece(start, line):
         data = np.frombuffer(piece, np.uint8)
-        ends = np.flatnonzero(data == ord("\n"))
-        if not len(ends) or ends[-1] != len(data) - 1:
-            ends = np.append(ends, len(data))
-        begins = np.concatenate([[0], ends[:-1] + 1])
+        begins, ends = line_edges(data)
         filled = np.flatnonzero(np.logical_or.reduceat(~_BLANK[data], begins))
         found.append(np.stack([start + begins[filled], start + ends[filled], line + 1 + filled]))
         start, line = start + len(piece), line + len(ends)
