@@ -1,0 +1,1 @@
+"""Adapters of several programs: read, attach, exchange, combine, merge."""

@@ -1,0 +1,1 @@
+"""A trained model in the forms that other programs read: Hugging Face, PEFT, mlx-lm and mlx-vlm, GGUF."""
