@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,12 +215,17 @@ def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]
     return sorted(chosen, key=_natural)
 
 
-def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module at a dotted path."""
     node: Any = model
-    *way, last = path.split(".")
-    for part in way:
+    for part in path.split(".") if path else ():
         node = node[int(part)] if isinstance(node, list) else getattr(node, part)
-    return node, last
+    return node
+
+
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
+    way, _, last = path.rpartition(".")
+    return module_at(model, way), last
 
 
 def apply_lora(
@@ -336,85 +341,51 @@ def save_adapter(
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The adapter's config; raises InputError if the folder holds no LoRA adapter that this version can read."""
-    path = Path(folder) / ADAPTER_CONFIG
-    if not path.is_file() or not (path.parent / ADAPTER_WEIGHTS).is_file():
-        raise InputError(f"{folder}: no adapter here ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are needed)")
-    try:
-        config = json.loads(path.read_text())
-        kind, modules = config.get("fine_tune_type"), [str(m) for m in config.get("modules_to_save") or []]
-        parameters = {"rank": 1, "scale": 1.0, "keys": []} if kind == "full" else config["lora_parameters"]
-        rank, scale, keys = int(parameters["rank"]), float(parameters["scale"]), list(parameters["keys"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
-    version = (config.get("gemma_mlx") or {}).get("format", ADAPTER_FORMAT)
-    trained = modules if kind == "full" else keys
-    if kind not in ("lora", "dora", "full") or version != ADAPTER_FORMAT or rank < 1 or not trained:
-        raise InputError(
-            f"{path}: expected a lora, dora or full adapter of format {ADAPTER_FORMAT}, found {kind!r} of "
-            f"format {version}, rank {rank}, {len(trained)} layers"
-        )
-    dropout = float(parameters.get("dropout", 0.0))
-    read = {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys, "dora": kind == "dora", "raw": config}
-    return read | {"modules": modules}
+    """An adapter's rank, scale, dropout, keys (its layers), dora, modules (trained in full) and raw (the file).
+
+    Rank and scale are those of its first layer. Raises InputError if the folder holds no adapter that can be read.
+    """
+    from gemma_mlx.adapters.reading import read_adapter
+
+    read = read_adapter(folder)
+    first = next(iter(read.layers.values()), None)
+    return {
+        "rank": 1 if first is None else first.rank, "scale": 1.0 if first is None else first.scale,
+        "dropout": read.dropout, "keys": list(read.layers), "dora": read.dora, "modules": list(read.modules),
+        "raw": dict(read.config),
+    }  # fmt: skip
 
 
-def remembered_options(folder: str | Path | None) -> dict[str, Any]:
-    """The options an adapter was trained with and must be used with (prompts, audio window, ...); {} for None."""
-    own = {} if folder is None else read_adapter_config(folder)["raw"].get("gemma_mlx") or {}
-    return {name: value for name, value in own.get("options", {}).items() if value is not None}
+def remembered_options(
+    folder: str | Path | Sequence[str | Path] | None, given: Iterable[str] = ()
+) -> dict[str, Any]:  # fmt: skip
+    """The options an adapter was trained with and must be used with (prompts, audio window, ...); {} for None.
+
+    Of several adapters those of all. Raises InputError where they do not agree on an option that is not among those
+    ``given`` anew.
+    """
+    from gemma_mlx.adapters.reading import read_adapter
+
+    found: dict[str, Any] = {}
+    for name in [] if folder is None else [folder] if isinstance(folder, str | Path) else folder:
+        for option, value in read_adapter(name).options.items():
+            if found.setdefault(option, value) != value and option not in given:
+                raise InputError(
+                    f"{name}: trained with {option} {value!r}, another adapter with {found[option]!r}; say which "
+                    f"(--{option.replace('_', '-')})"
+                )
+    return found
 
 
-def _base_linear(model: nn.Module, path: str) -> Linear:
-    parent, name = _parent(model, path)
-    found = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
-    return found.linear if isinstance(found, LoRALinear) else found
-
-
-def _shapes(config: dict[str, Any], out: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of one adapter on a linear of these sizes."""
-    shapes: dict[str, tuple[int, ...]] = {"lora_a": (inner, config["rank"]), "lora_b": (config["rank"], out)}
-    return shapes | {"m": (out,)} if config["dora"] else shapes
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+def load_adapter(model: nn.Module, folder: str | Path | Sequence[str | Path]) -> list[str]:
     """Put the adapter of ``folder`` on a base model, in place; returns the paths with an adapter.
 
-    Modules that were trained in full get their weights, in the dtype that they have.
+    Any layout that ``gemma_mlx.adapters.reading`` knows. Modules that were trained in full get their weights, in the
+    dtype that they have.
 
     Raises InputError, before anything changes, if a layer that it names does not exist or has other shapes, or if
     tensors are missing or left over.
     """
-    from gemma_mlx.full import put_full, saved_shapes
+    from gemma_mlx.adapters.attach import attach
 
-    folder = Path(folder)
-    config = read_adapter_config(folder)
-    try:
-        weights = mx.load(str(folder / ADAPTER_WEIGHTS))
-    except RuntimeError as error:
-        raise InputError(f"{folder / ADAPTER_WEIGHTS}: not a safetensors file ({error})") from None
-    paths = set(linear_paths(model))
-    where = str(folder / ADAPTER_WEIGHTS)
-    needed = saved_shapes(model, config["modules"], str(folder / ADAPTER_CONFIG))
-    whole = set(needed)
-    for key in config["keys"]:
-        if key not in paths:
-            raise InputError(f"{folder / ADAPTER_CONFIG}: the model has no linear layer {key}")
-        shapes = _shapes(config, *linear_shape(_base_linear(model, key)))
-        needed |= {f"{key}.{leaf}": shape for leaf, shape in shapes.items()}
-    for name, shape in needed.items():
-        tensor = weights.get(name)
-        if tensor is None:
-            raise InputError(f"{where}: tensor {name} is missing")
-        if tensor.shape != shape:
-            raise InputError(f"{where}: tensor {name} has shape {tensor.shape}, the model needs {shape}")
-    if extra := sorted(weights.keys() - needed.keys()):
-        raise InputError(f"{where}: tensor {extra[0]} belongs to no layer that {ADAPTER_CONFIG} names")
-    if config["keys"]:
-        alpha = config["scale"] * config["rank"]
-        apply_lora(model, config["keys"], config["rank"], alpha, config["dropout"], dora=config["dora"])
-        set_lora_parameters(model, {name: w for name, w in weights.items() if name not in whole}, where)
-    else:
-        freeze_base(model)
-    put_full(model, config["modules"], weights)
-    return config["keys"]
+    return attach(model, folder)

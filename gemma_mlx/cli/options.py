@@ -59,13 +59,28 @@ def field_options(*names: str, fill: bool = True) -> Decorator:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--model`` (required), ``--adapter`` and how to load them: model, adapter, dtype, audio_window,
-    quantize, allow_unexpected."""
+    """``--model`` (required), ``--adapter``, ``--adapter-weight`` and how to load them: model, adapter (None or a tuple
+    of names), adapter_weights (likewise), dtype, audio_window, quantize, allow_unexpected."""
     function = field_options("dtype", "audio_window", "quantize", "allow_unexpected")(function)
-    function = click.option("--adapter", metavar="FOLDER", help="Adapter folder of a run; without it the base.")(
-        function
-    )
+    function = adapter_options(function)
     return field_option("model", required=True)(function)
+
+
+def _none_if_empty(_context: click.Context, _parameter: click.Parameter, value: tuple[Any, ...]) -> Any:
+    return value or None
+
+
+def adapter_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--adapter`` and ``--adapter-weight``: adapter and adapter_weights, None or a tuple each."""
+    function = click.option(
+        "--adapter-weight", "adapter_weights", multiple=True, type=float, metavar="X", callback=_none_if_empty,
+        help="What an adapter counts, one for each in order; default: 1.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--adapter", multiple=True, metavar="FOLDER", callback=_none_if_empty,
+        help="Adapter (of a run, PEFT, mlx-lm or mlx-vlm; a Hub id too); of several the weighted sum; without it the "
+        "base.",
+    )(function)  # fmt: skip
 
 
 def fetcher_of(named: Iterable[str], options: dict[str, Any]) -> LazyFetcher:

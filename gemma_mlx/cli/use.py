@@ -21,10 +21,11 @@ def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[s
     only right to the question that was trained.
     """
     context = click.get_current_context()
-    for name, value in remembered_options(options["adapter"]).items():
+    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    for name, value in remembered_options(options["adapter"], given).items():
         if name in options and context.get_parameter_source(name) is ParameterSource.DEFAULT:
             options[name] = value
-    names = ("model", "adapter", "dtype", "allow_unexpected", "audio_window", "quantize")
+    names = ("model", "adapter", "adapter_weights", "dtype", "allow_unexpected", "audio_window", "quantize")
     model, processor = load(**{name: options.pop(name) for name in names})
     check_finite(model, processor.folder)
     names = ("image_tokens", "long_audio")

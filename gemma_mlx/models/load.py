@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,9 +227,7 @@ def chosen_dtype(name: str | None, spec: ModelSpec) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _leave_on_disk(
-    model: Any, matched: dict[str, tuple[StoredTensor, Any]], dtype: mx.Dtype, disk_bytes: int
-) -> None:
+def _leave_on_disk(model: Any, matched: dict[str, tuple[StoredTensor, Any]], dtype: mx.Dtype, disk_bytes: int) -> None:
     """Put a `DiskTable` in the place of a per-layer table of so many bytes, and take its tensors off the list."""
     for path in {path.rpartition(".")[0] for path in matched if TABLE in path.split(".")}:
         stored = {name.removeprefix(f"{path}."): t for name, (t, _) in matched.items() if name.startswith(f"{path}.")}
@@ -426,11 +424,12 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 def load(
     model: str | Path,
     quantize: int | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     allow_unexpected: bool = False,
     audio_window: int | None = None,
+    adapter_weights: Sequence[float] | None = None,
 ) -> tuple[Any, Processor]:
     """A model and its processor, from a folder or a Hub id.
 
@@ -439,7 +438,9 @@ def load(
     Args:
         model: folder, or Hub id such as "google/gemma-4-E2B-it".
         quantize: as for `load_model`; None for what the adapter was trained on.
-        adapter: folder of a saved adapter, attached to the model.
+        adapter: folder of a saved adapter (of this library, PEFT, mlx-lm or mlx-vlm), a run's folder or a Hub id,
+            attached to the model; of several the weighted sum.
+        adapter_weights: what each adapter counts; 1 by default.
         dtype, allow_unexpected: as for `load_model`.
         audio_window: as for `load_model`; None for the one that the adapter was trained with, else 12.
         revision: branch, tag or commit of a Hub repository.
@@ -448,12 +449,16 @@ def load(
         InputError: as `load_model`; the model cannot be found; the adapter does not fit.
     """
     folder = resolve(model, revision)
+    from gemma_mlx.adapters.attach import attach
     from gemma_mlx.data.processor import Processor
-    from gemma_mlx.lora import load_adapter, remembered_options
+    from gemma_mlx.lora import remembered_options
 
-    remembered = remembered_options(adapter)
+    if adapter_weights and adapter is None:
+        raise InputError("adapter_weight: there is no adapter to weight; name it")
+    given = {name for name, value in (("quantize", quantize), ("audio_window", audio_window)) if value is not None}
+    remembered = remembered_options(adapter, given)
     window = audio_window or remembered.get("audio_window", 12)
     loaded = load_model(folder, dtype, allow_unexpected, window, quantize=quantize or remembered.get("quantize"))
     if adapter is not None:
-        load_adapter(loaded, adapter)
+        attach(loaded, adapter, adapter_weights)
     return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))
