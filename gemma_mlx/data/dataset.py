@@ -255,7 +255,7 @@ class Survey:
 
 
 def read_examples(
-    source: str | Path,
+    source: Rows | str | Path,
     media_roots: Iterable[str | Path] = (),
     columns: Mapping[str, str] | None = None,
     *,
@@ -265,7 +265,9 @@ def read_examples(
     **options: Any,
 ) -> list[Example]:
     """All rows as examples; arguments and errors as `Rows` and `Dataset`, and `check` sees every example."""
-    rows = Rows(source, media_roots, columns, prompts=prompts, need_answer=need_answer, **options)
+    rows = source
+    if not isinstance(source, Rows):
+        rows = Rows(source, media_roots, columns, prompts=prompts, need_answer=need_answer, **options)
     examples: list[Example] = []
     first: InputError | None = None
     more = 0

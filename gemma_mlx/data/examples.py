@@ -181,6 +181,11 @@ class RowReader:
         task = "transcript" if target == "text" and "audio" in media else "answer"
         return Example(tuple(turns), row.where, row_id, task=task, tools=self._tools(given, row))
 
+    def cells(self, row: Row) -> dict[str, Any]:
+        """Column -> cell of one row, under the table's names and, where those are mapped, the standard ones too."""
+        mapped = {name: row.values[column] for name, column in self.mapping.items() if column in row.values}
+        return {**row.values, **mapped}
+
     def _text(self, name: str | None, given: Mapping[str, Any], row: Row) -> str:
         """A cell's text; "" where it is empty."""
         return text_of(given[name], f"{row.where}: {self._source[name]}") if name in given else ""

@@ -113,11 +113,21 @@ class Rows:
             with self.staying(index):
                 table, reader = self._shard(index >> SHARD_BITS)
                 return reader.example(table[index & (1 << SHARD_BITS) - 1])
+        table, reader, at = self._place(index)
+        return reader.example(table[at])
+
+    def _place(self, index: int) -> tuple[Table, RowReader, int]:
+        """(table, its reader, the row's number in it)."""
         if not 0 <= index < self._first[-1]:
             raise IndexError(index)
         at = bisect_right(self._first, index) - 1
-        table, reader = self._tables[at]
-        return reader.example(table[index - self._first[at]])
+        return *self._tables[at], index - self._first[at]
+
+    def cells(self, index: int) -> tuple[str, dict[str, Any]]:
+        """(the table's name, column -> cell) of a row, under the table's own names and, where those are mapped, the
+        standard ones; of rows that are counted."""
+        table, reader, at = self._place(index)
+        return table.name, reader.cells(table[at])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
