@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,55 @@ from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.lanes import edges, in_pieces, shared
 from gemma_mlx.models.media import MEDIA
+from gemma_mlx.prompt_cache import PromptCache
+from gemma_mlx.sampling import Settings
 
 Sampler = Callable[[mx.array], mx.array]
 """float32 logits [B, V] -> token ids [B]."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: without the end token, or what begins with a stop text.
+        ids: the tokens, without the end token.
+        finish: "stop" at an end token or a stop text, "length" where `max_tokens` were there before.
+        prompt_tokens: of the prompt, slots of media among them.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    prompt_tokens: int
+
+
+def answers(
+    model: Any, processor: Processor, examples: Sequence[Example], settings: Settings | None = None, batch_size: int = 8
+) -> Iterator[tuple[int, Answer]]:
+    """(index, answer) of every example, each as soon as it is there; longest prompts first."""
+    s = settings or Settings()
+    if s.seed is not None:
+        mx.random.seed(s.seed)
+    sampler = suppressing(make_sampler(s.temperature, s.top_p, s.top_k, s.min_p), processor.suppressed_ids)
+    lengths = [len(processor.prompt(e, with_features=False)) for e in examples]
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([processor.prompt(examples[i]) for i in chosen], pad_id=processor.pad_id)
+        for i, ids in zip(chosen, answer_ids(model, batch, processor.eos_ids, s.max_tokens, sampler), strict=True):
+            finish = "length" if len(ids) == s.max_tokens else "stop"
+            yield i, Answer(processor.decode(ids), tuple(ids), finish, lengths[i])
+
+
+def stream(
+    model: Any, processor: Processor, conversation: Any, settings: Settings | None = None,
+    cache: PromptCache | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """The answer's text in pieces, each as soon as it is certain."""
+    for _, answer in answers(model, processor, [as_example(conversation)], settings):
+        yield answer.text
 
 
 def generate(
@@ -159,6 +205,7 @@ def suppressing(sampler: Sampler, ids: Sequence[int]) -> Sampler:
     """The sampler, never giving any of these tokens: slots of media that are not there, say."""
     if not ids:
         return sampler
+
     def sample(logits: mx.array) -> mx.array:
         barred = mx.broadcast_to(mx.array(list(ids)), (len(logits), len(ids)))
         return sampler(mx.put_along_axis(logits, barred, mx.array(-1e9, logits.dtype), axis=-1))
@@ -179,4 +226,3 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, m
 
     sample = mlx_lm_sampler(temp=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
     return lambda logits: sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-
