@@ -37,6 +37,8 @@ MAX_PICTURE_BYTES = 1 << 30
 
 _BROKEN = (RuntimeError, OSError, ValueError)
 """What soundfile raises on broken files; its own error is the first."""
+_NO_LIMIT_S = 1 << 30
+"""Seconds: for clips that are read block by block."""
 _UNKNOWN = 1 << 40
 """Samples that no file has: libsndfile gives 2^63 − 1 where a header has no length."""
 _BLOCK = 1 << 22
@@ -83,6 +85,56 @@ def load_audio(
             f"{name}: empty audio: {len(samples)} samples at 16 kHz, at least 161 are needed; remove the row"
         )
     return np.ascontiguousarray(samples)
+
+
+def audio_blocks(medium: str | Medium, where: str = "") -> Iterator[np.ndarray]:
+    """The samples that `load_audio` gives, without its limit: block by block, so that hours need little memory.
+
+    Yields:
+        float32 [some samples], none of them empty; end to end they are the clip.
+
+    Raises:
+        InputError, SourceError: as `load_audio`; what is wrong at the end of a file is known when it is reached.
+    """
+    name = told(medium, where)
+    with opened(medium, where, "empty audio") as file:
+        clip = _Clip(file, as_medium(medium), name, "truncate", _NO_LIMIT_S)
+        total = 0
+        for block in _resampled(clip.blocks_av() if wants_av(file) else clip.blocks()):
+            if not np.isfinite(block).all():
+                raise InputError(f"{name}: the audio has samples that are not finite numbers; export the clip again")
+            total += len(block)
+            yield np.ascontiguousarray(block)
+    if not audio_frames(total):
+        raise InputError(f"{name}: empty audio: {total} samples at 16 kHz, at least 161 are needed")
+
+
+def _resampled(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+    """The same at 16 kHz, in blocks of about a second and more."""
+    import soxr
+
+    stream, waiting, given, out, rate = None, [], 0, 0, SAMPLE_RATE
+    for block, rate in blocks:
+        given += len(block)
+        waiting.append(block)
+        if sum(map(len, waiting)) < rate:
+            continue
+        if stream is None and rate != SAMPLE_RATE:
+            stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+        mono = np.concatenate(waiting)
+        mono = mono if stream is None else stream.resample_chunk(mono)
+        waiting, out = [], out + len(mono)
+        if len(mono):
+            yield mono
+    rest = np.concatenate([*waiting, np.zeros(0, np.float32)])
+    if stream is None:
+        rest = _resample(rest, rate)
+    else:
+        wanted = resampled_length(given, rate) - out
+        rest = stream.resample_chunk(rest, last=True)
+        rest = np.pad(rest, (0, max(0, wanted - len(rest))))[: max(0, wanted)]
+    if len(rest):
+        yield rest
 
 
 def audio_samples(
@@ -150,6 +202,19 @@ class _Clip:
 
     def decode(self) -> tuple[np.ndarray, int]:
         """(mono float32 [samples], rate)."""
+        return self._joined(self.blocks())
+
+    def decode_av(self) -> tuple[np.ndarray, int]:
+        """As `decode`, by PyAV."""
+        return self._joined(self.blocks_av())
+
+    def _joined(self, blocks: Iterator[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
+        found, rates = zip(*blocks, strict=True)  # at least one, or there was an error
+        mono = found[0] if len(found) == 1 else np.concatenate(found)
+        return mono[: self.limit_s * rates[-1]], rates[-1]
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, int]]:
+        """(mono float32 [some samples], rate), end to end the clip up to its limit."""
         missing = missing_end(self.file)  # now: a decoder may share the file's position
         try:
             with self._sound() as sound:
@@ -161,27 +226,30 @@ class _Clip:
                 if missing:
                     raise InputError(f"{self.told}: truncated audio: {missing}; download or export it again")
                 count = min(frames, self.limit_s * rate)
-                mono = _read_mono(sound, count)
+                there = 0
+                for block in _read_mono(sound, count):
+                    there += len(block)
+                    yield block, rate
         except _Unread as e:
             # PyAV also reads streams without a length and more formats; for the rest it says what is wrong.
             if importlib.util.find_spec("av") or self.medium_suffix in _NEEDS_AV:
-                return self.decode_av()
+                yield from self.blocks_av()
+                return
             raise InputError(
                 f"{self.told}: unreadable audio ({e}); expected a whole wav, flac, ogg or mp3 file "
                 "(pip install 'gemma-mlx[media]' for more formats)"
             ) from None
-        if len(mono) < count and form != "MP3":
-            self._short(count, len(mono), rate)
-        if len(mono) < 0.99 * count - 0.1 * rate and counts_its_frames(self.file):
-            self._short(count, len(mono), rate)
-        return mono, rate
+        if there < count and form != "MP3":
+            self._short(count, there, rate)
+        if there < 0.99 * count - 0.1 * rate and counts_its_frames(self.file):
+            self._short(count, there, rate)
 
     @property
     def medium_suffix(self) -> str:
         return self.medium.suffix.lower()
 
-    def decode_av(self) -> tuple[np.ndarray, int]:
-        """As `decode`, by PyAV."""
+    def blocks_av(self) -> Iterator[tuple[np.ndarray, int]]:
+        """As `blocks`, by PyAV; the last one may go beyond the limit."""
         try:
             import av
         except ImportError:
@@ -189,7 +257,6 @@ class _Clip:
             raise InputError(
                 f"{self.told}: {kind} need PyAV: pip install 'gemma-mlx[media]', or convert the file to wav or flac"
             ) from None
-        blocks: list[np.ndarray] = []
         rate = count = 0
         with container(self.file, self.medium, self.told, "audio") as opened_file:
             if not opened_file.streams.audio:
@@ -200,16 +267,16 @@ class _Clip:
             for frame in (f for decoded in opened_file.decode(audio=0) for f in to_float.resample(decoded)):
                 rate = frame.sample_rate
                 self._check_rate(rate)
-                blocks.append(_averaged(frame.to_ndarray().T))
-                count += len(blocks[-1])
+                block = _averaged(frame.to_ndarray().T)
+                count += len(block)
+                yield block, rate
                 if count > self.limit_s * rate:  # one frame beyond the limit is enough to know
                     self._check_length(count / rate)
                     break
-        if not blocks:
+        if not count:
             raise InputError(f"{self.told}: empty audio: no sample could be decoded; remove the row")
         if min(claimed, self.limit_s) - count / rate > max(0.5, 0.02 * claimed):  # codecs' delays aside
             self._short(int(min(claimed, self.limit_s) * rate), count, rate)
-        return np.concatenate(blocks)[: self.limit_s * rate], rate
 
     def _short(self, wanted: int, there: int, rate: int) -> None:
         raise InputError(
@@ -248,19 +315,15 @@ def _claimed_seconds(opened_file: Any) -> float:
     return 0.0 if opened_file.streams.video else (opened_file.duration or 0) / 1e6
 
 
-def _read_mono(sound: Any, count: int) -> np.ndarray:
-    """Up to `count` samples, float32, channels averaged."""
-    step = max(1, _BLOCK // sound.channels)
-    blocks, left = [], count
+def _read_mono(sound: Any, count: int) -> Iterator[np.ndarray]:
+    """Up to `count` samples, float32, channels averaged, in blocks."""
+    step, left = max(1, _BLOCK // sound.channels), count
     while left > 0:
         block = sound.read(min(left, step), dtype="float32", always_2d=True)
         if not len(block):
             break
-        blocks.append(_averaged(block))
+        yield _averaged(block)
         left -= len(block)
-    if len(blocks) == 1:
-        return blocks[0]
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
 def _averaged(block: np.ndarray) -> np.ndarray:
