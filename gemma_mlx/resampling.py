@@ -1,0 +1,120 @@
+"""How far a score may be from the truth because other rows might have been drawn: intervals and paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Corpus = Callable[[np.ndarray], np.ndarray]
+"""float64 [..., k] sums of counts -> float64 [...] scores."""
+
+_CELLS = 1 << 22
+"""Draws that are held at a time: 32 MiB of them."""
+
+
+class Interval(NamedTuple):
+    """Ends of a confidence interval; NaN where there is only one row or cluster, or none."""
+
+    low: float
+    high: float
+
+
+class Paired(NamedTuple):
+    """The second system's score minus the first's, its interval, and how often chance alone gives as much."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def bootstrap(
+    stats: np.ndarray,
+    corpus: Corpus,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    clusters: Sequence[object] | None = None,
+) -> Interval:
+    """The interval of a score of rows.
+
+    Args:
+        stats: float64 [n, k], each row's counts.
+        corpus: score of summed counts.
+        samples: how many times n rows are drawn anew.
+        level: share of such intervals that hold the true score.
+        seed: of the draws; same seed, same interval.
+        clusters: n labels of what was drawn together (speakers, recordings): then those are drawn, not rows.
+    """
+    stats = _units(stats, clusters)
+    if len(stats) < 2:
+        return Interval(float("nan"), float("nan"))
+    values = np.concatenate([corpus(sums) for sums in _resampled(stats, samples, seed)])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def paired(
+    stats_a: np.ndarray,
+    stats_b: np.ndarray,
+    corpus: Corpus,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    clusters: Sequence[object] | None = None,
+) -> Paired:
+    """Two systems on the same rows: score of b minus score of a.
+
+    The interval draws rows (or clusters) for both at once. The p-value exchanges the two systems' answers on randomly
+    chosen rows: it is the share of exchanges, the true one counted in, with a difference as large on either side.
+
+    Args:
+        stats_a, stats_b: float64 [n, k], counts of the same rows in the same order.
+        Others as for `bootstrap`.
+    """
+    a, b = _units(stats_a, clusters), _units(stats_b, clusters)
+    if a.shape != b.shape:
+        raise ValueError(f"counts of shape {a.shape} and {b.shape}: not the same rows")
+    width = a.shape[1]
+    difference = float(corpus(b.sum(0)) - corpus(a.sum(0)))
+    both = np.concatenate([a, b], 1)
+    low, high = bootstrap(both, lambda s: corpus(s[..., width:]) - corpus(s[..., :width]), samples, level, seed)
+    return Paired(difference, low, high, _exchanged(a, b, corpus, difference, samples, seed))
+
+
+def _exchanged(a: np.ndarray, b: np.ndarray, corpus: Corpus, difference: float, samples: int, seed: int) -> float:
+    draws, least, found = np.random.default_rng([seed, 1]), abs(difference) * (1 - 1e-9), 0
+    sums_a, sums_b, gained = a.sum(0), b.sum(0), b - a
+    for count in _chunks(samples, len(a)):
+        moved = draws.integers(0, 2, (count, len(a))).astype(np.float64) @ gained
+        found += int((np.abs(corpus(sums_b - moved) - corpus(sums_a + moved)) >= least).sum())
+    return (found + 1) / (samples + 1)
+
+
+def _units(stats: np.ndarray, clusters: Sequence[object] | None) -> np.ndarray:
+    """float64 [m, k]: the counts of what is drawn, rows or sums over the rows of a cluster."""
+    stats = np.asarray(stats, np.float64)
+    if clusters is None:
+        return stats
+    if len(clusters) != len(stats):
+        raise ValueError(f"{len(stats)} rows but {len(clusters)} cluster labels")
+    number = {label: i for i, label in enumerate(dict.fromkeys(clusters))}
+    sums = np.zeros((len(number), stats.shape[1]))
+    np.add.at(sums, [number[label] for label in clusters], stats)
+    return sums
+
+
+def _resampled(stats: np.ndarray, samples: int, seed: int):
+    """float64 [count, k] sums of as many draws as there are rows, until `samples` of them are given."""
+    draws, n = np.random.default_rng([seed, 0]), len(stats)
+    for count in _chunks(samples, n):
+        chosen = draws.integers(0, n, (count, n)) + n * np.arange(count)[:, None]
+        times = np.bincount(chosen.ravel(), minlength=count * n).reshape(count, n)
+        yield times.astype(np.float64) @ stats
+
+
+def _chunks(samples: int, n: int):
+    size = max(_CELLS // max(n, 1), 1)
+    yield from (min(size, samples - start) for start in range(0, samples, size))
