@@ -6,7 +6,8 @@ back as it is taken off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,19 @@ def swap(
     except InputError:
         _put_back(model, *before)
         raise
+
+
+@contextmanager
+def instead(model: nn.Module, folders: Names | None, weights: Sequence[float] | None = None) -> Iterator[None]:
+    """As long as this is open the model has these adapters, or None, in place of its own, which comes back after."""
+    state, *rest = _taken(model, attached(model))
+    swap(model, folders, weights)
+    try:
+        yield
+    finally:
+        detach(model)
+        state.changes = attached(model).changes
+        _put_back(model, state, *rest)
 
 
 def _tensor(model: nn.Module, name: str) -> mx.array:
