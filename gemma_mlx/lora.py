@@ -16,7 +16,6 @@ cast to the input's dtype where they are used.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.files import replace_whole, write_whole
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -313,30 +311,21 @@ def save_adapter(
     that train in full are listed under PEFT's key ``modules_to_save``; their weights lie under their own names, in
     MLX's layouts. ``weights``: all trained tensors, where they are more exact than what the model holds.
     """
+    from gemma_mlx.adapters.writing import own_config, write_files
     from gemma_mlx.full import full_modules, trained_parameters
 
     layers, modules = lora_layers(model), full_modules(model)
     if not layers and not modules:
         raise InputError("this model has no adapter to save")
-    own = {
-        "format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "options": dict(options or {}),
-    }  # fmt: skip
-    config = {"fine_tune_type": "full", "num_layers": -1, "model": base_model, "gemma_mlx": own}
-    if layers:
-        first = next(iter(layers.values()))
-        rank = first.lora_a.shape[1]
-        config["fine_tune_type"] = "dora" if isinstance(first, DoRALinear) else "lora"
-        config["lora_parameters"] = {
-            "rank": rank, "scale": first.scale, "dropout": first.dropout, "keys": list(layers),
-        }  # fmt: skip
-        own["alpha"] = first.scale * rank
-    if modules:
-        config["modules_to_save"] = modules
+    own = {"format": ADAPTER_FORMAT, "base_model": base_model, "targets": targets, "options": dict(options or {})}
+    first = next(iter(layers.values()), None)
+    config = own_config(
+        {path: layer.lora_a.shape[1] for path, layer in layers.items()},
+        {path: layer.scale for path, layer in layers.items()},
+        0.0 if first is None else first.dropout, isinstance(first, DoRALinear), modules, own,
+    )  # fmt: skip
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = trained_parameters(model) if weights is None else weights
-    replace_whole(folder / ADAPTER_WEIGHTS, lambda f: mx.save_safetensors(str(f), tensors, metadata={"format": "mlx"}))
-    write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_files(folder, trained_parameters(model) if weights is None else weights, config)
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,8 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.full import candidates, saved_shapes
 from gemma_mlx.lora import linear_paths, linear_shape, module_at
 from gemma_mlx.models.names import module_path, to_mlx_axes
+from gemma_mlx.skeleton import skeleton
+from gemma_mlx.spec import read_spec
 
 _DECODER = "model.language_model."
 
@@ -35,8 +37,12 @@ def own_path(path: str, known: Collection[str]) -> str | None:
     return next((name for name in _spellings(path) if name in known), None)
 
 
-def fit(adapter: Adapter, model: nn.Module) -> Adapter:
+def fit(adapter: Adapter, model: nn.Module, compare: bool = True) -> Adapter:
     """The adapter under the model's paths; the model is only looked at, and must have no adapter.
+
+    Args:
+        compare: the model's weights may be read, to see that what an adapter holds beside its trained weights is the
+            base's.
 
     Raises:
         InputError: a layer or module that the model does not have, or has with other shapes; tensors that are missing
@@ -53,7 +59,7 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
             raise InputError(f"{where}: {stored} and another entry both mean the layer {path}")
         _check(adapter, stored, layer, linear_shape(module_at(model, path)))
         layers[path] = layer
-    full, modules = _fit_full(adapter, model, str(where))
+    full, modules = _fit_full(adapter, model, str(where), compare)
     return replace(adapter, layers=layers, full=full, modules=modules, torch_axes=False)
 
 
@@ -80,23 +86,20 @@ def _check(adapter: Adapter, stored: str, layer: LowRank, shape: tuple[int, int]
             )
 
 
-def _fit_full(adapter: Adapter, model: nn.Module, where: str) -> tuple[dict[str, mx.array], tuple[str, ...]]:
+def _fit_full(
+    adapter: Adapter, model: nn.Module, where: str, compare: bool
+) -> tuple[dict[str, mx.array], tuple[str, ...]]:  # fmt: skip
     """(tensor name -> weight in MLX's layout, modules) of what was trained in full."""
-    known, names = set(candidates(model)), {}
-    for stored in adapter.modules:
-        names[stored] = own_path(stored, known) or stored
-    if adapter.layout != "gemma_mlx":  # whose modules may hold what never trains, such as clip bounds
-        names = {
-            stored: path for stored, path in names.items() if path in known or not _unchanged(adapter, model, stored)
-        }
-    needed = saved_shapes(model, names.values(), where)
-    found: dict[str, mx.array] = {}
+    known = set(candidates(model))
+    modules = {stored: own_path(stored, known) or stored for stored in adapter.modules}
+    if adapter.layout != "gemma_mlx":  # the modules that those save hold what never trains too, such as clip bounds
+        modules = {stored: path for stored, path in modules.items() if path in known}
+    needed, found = saved_shapes(model, modules.values(), where), {}
     for name, tensor in adapter.full.items():
         owner, _, leaf = name.rpartition(".")
-        path = f"{names.get(owner, owner)}.{leaf}"
+        path = f"{modules.get(owner, owner)}.{leaf}"
         if path not in needed:
-            if owner in names or adapter.layout == "gemma_mlx":
-                _refuse_extra(adapter, model, name, path)
+            _refuse_unless_same(adapter, model, name, compare)
             continue
         axes = to_mlx_axes(path, tensor.shape, needed[path]) if adapter.torch_axes else None
         found[path] = tensor if axes is None else tensor.transpose(axes)
@@ -105,29 +108,20 @@ def _fit_full(adapter: Adapter, model: nn.Module, where: str) -> tuple[dict[str,
             raise InputError(f"{adapter.where}: tensor {name} is missing")
         if found[name].shape != shape:
             raise InputError(f"{adapter.where}: tensor {name} has shape {found[name].shape}, the model needs {shape}")
-    return found, tuple(names.values())
+    return found, tuple(modules.values())
 
 
-def _own_tensor(model: nn.Module, path: str) -> mx.array | None:
-    """The model's tensor of this name, in any of its spellings."""
-    tensors: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    name = own_path(path, tensors.keys())
-    return None if name is None else tensors[name]
-
-
-def _unchanged(adapter: Adapter, model: nn.Module, stored: str) -> bool:
-    """Whether a module that cannot train holds what the base holds; raises InputError where it does not."""
-    for name, tensor in adapter.full.items():
-        if name.rpartition(".")[0] == stored:
-            _refuse_extra(adapter, model, name, name)
-            del tensor
-    return True
-
-
-def _refuse_extra(adapter: Adapter, model: nn.Module, name: str, path: str) -> None:
-    """Raise InputError for a tensor that cannot train, unless it is the base's."""
-    own, tensor = _own_tensor(model, path), adapter.full[name]
-    if own is None:
+def _refuse_unless_same(adapter: Adapter, model: nn.Module, name: str, compare: bool) -> None:
+    """Raise InputError for a tensor that no module trains, unless it is the base's own."""
+    own, tensor = dict(tree_flatten(model.parameters())), adapter.full[name]
+    path = own_path(name, own.keys())
+    if path is None or adapter.layout == "gemma_mlx":
         raise InputError(f"{adapter.where}: tensor {name} belongs to no layer of the model{_other_base(adapter)}")
-    if own.shape != tensor.shape or not mx.array_equal(own.astype(mx.float32), tensor.astype(mx.float32)):
+    same = own[path].shape == tensor.shape
+    if not same or (compare and not mx.array_equal(own[path].astype(mx.float32), tensor.astype(mx.float32))):
         raise InputError(f"{adapter.where}: tensor {name} differs from the base's, and this library never trains it")
+
+
+def fit_to_base(adapter: Adapter, base: Path) -> Adapter:
+    """`fit` to a checkpoint's folder, of which no weight is read."""
+    return fit(adapter, skeleton(read_spec(base), "float32"), compare=False)

@@ -11,10 +11,10 @@ import mlx.core as mx
 from gemma_mlx.adapters import mlx_layout, peft_layout
 from gemma_mlx.adapters.adapter import Adapter
 from gemma_mlx.errors import InputError
+from gemma_mlx.lora import ADAPTER_CONFIG as CONFIG
+from gemma_mlx.lora import ADAPTER_WEIGHTS as MLX_WEIGHTS
 
-CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-MLX_WEIGHTS = "adapters.safetensors"
 RUN_ADAPTER = "adapter"
 """Folder of the adapter in a run's folder."""
 
