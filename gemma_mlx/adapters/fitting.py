@@ -18,7 +18,7 @@ from gemma_mlx.models.names import module_path, to_mlx_axes
 from gemma_mlx.skeleton import skeleton
 from gemma_mlx.spec import read_spec
 
-_DECODER = "model.language_model."
+_DECODER, _HEAD = "model.language_model.", "lm_head"
 
 
 def _spellings(path: str) -> Iterator[str]:
@@ -98,6 +98,9 @@ def _fit_full(
     for name, tensor in adapter.full.items():
         owner, _, leaf = name.rpartition(".")
         path = f"{modules.get(owner, owner)}.{leaf}"
+        if owner == _HEAD and name not in needed:
+            _refuse_own_head(adapter, name)
+            continue
         if path not in needed:
             _refuse_unless_same(adapter, model, name, compare)
             continue
@@ -109,6 +112,13 @@ def _fit_full(
         if found[name].shape != shape:
             raise InputError(f"{adapter.where}: tensor {name} has shape {found[name].shape}, the model needs {shape}")
     return found, tuple(modules.values())
+
+
+def _refuse_own_head(adapter: Adapter, name: str) -> None:
+    """Raise InputError where a head was trained apart from the embedding, which is the head of all these models."""
+    tied = [tensor for other, tensor in adapter.full.items() if other.endswith(".embed_tokens.weight")]
+    if not tied or not mx.array_equal(tied[0], adapter.full[name]):
+        raise InputError(f"{adapter.where}: tensor {name}: the model's head is its embedding; it cannot train apart")
 
 
 def _refuse_unless_same(adapter: Adapter, model: nn.Module, name: str, compare: bool) -> None:
