@@ -17,10 +17,12 @@ _EXPORTS = {
     "finetune": "gemma_mlx.loop",
     "evaluate": "gemma_mlx.evaluation",
     "generate": "gemma_mlx.generation",
+    "export": "gemma_mlx.exporting.run",
+    "transcribe": "gemma_mlx.long_audio",
     "TrainConfig": "gemma_mlx.config",
     "InputError": "gemma_mlx.errors",
 }
-__all__ = ["InputError", "TrainConfig", "evaluate", "finetune", "generate", "load"]
+__all__ = ["InputError", "TrainConfig", "evaluate", "export", "finetune", "generate", "load", "transcribe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from gemma_mlx.data.examples import TRANSCRIBE, TRANSCRIBE_IN
 from gemma_mlx.data.media import audio_blocks
 from gemma_mlx.data.opening import told
 from gemma_mlx.data.processor import Processor
-from gemma_mlx.data.silence import Stretch, stretches
+from gemma_mlx.data.silence import EDGE_SECONDS, Stretch, stretches
 from gemma_mlx.data.turns import Audio, Example, Text, Turn
 from gemma_mlx.errors import InputError
 from gemma_mlx.sampling import Settings
@@ -33,8 +33,7 @@ _BATCHES = 4
 class Piece(NamedTuple):
     """What was said in a part of a clip.
 
-    ``start_s`` and ``end_s`` are seconds in the original clip, at most a quarter of a second of silence before the
-    first sound and behind the last.
+    ``start_s`` and ``end_s`` are seconds in the original clip; the silence at the piece's edges counts.
     """
 
     start_s: float
@@ -105,6 +104,7 @@ def transcribe(
     settings: Settings | None = None,
     batch_size: int = 8,
     piece_seconds: float | None = None,
+    edge_seconds: tuple[float, float] = EDGE_SECONDS,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Transcript:
     """The transcript of a clip of any length.
@@ -121,17 +121,20 @@ def transcribe(
         settings: how each piece is answered.
         batch_size: pieces that are answered at a time.
         piece_seconds: the longest piece; default and most: what the model hears (30 s).
+        edge_seconds: of silence that stay before the first sound of a piece and behind its last. A model that was tuned
+            on clips that were all trimmed alike hears best what is trimmed like them.
         on_piece: called with each piece, in order, as soon as it is known.
 
     Raises:
-        InputError: no audio tower, unreadable audio, or `piece_seconds` below 1 or above what the model hears.
+        InputError: no audio tower, unreadable audio, `piece_seconds` below 1 or above what the model hears, or
+            `edge_seconds` that are not 0 to 1.
     """
     name, most = told(path, ""), _most_samples(processor, piece_seconds)
     ask = _Asked(name, prompt or (TRANSCRIBE_IN.format(language=language) if language else TRANSCRIBE), system)
     counted = _Counted(audio_blocks(path))
     found: list[Piece] = []
     unfinished: list[int] = []
-    cut = stretches(counted, most)
+    cut = stretches(counted, most, edge_seconds)
     while group := list(islice(cut, _BATCHES * batch_size)):
         ready = dict(
             generation.answers(model, processor, [ask.example(s) for s in group], settings or Settings(), batch_size)

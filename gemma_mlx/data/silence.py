@@ -42,8 +42,9 @@ SHORTEST_PAUSE = 20
 """Frames: shorter ones also stand inside words (closures)."""
 LONG_PAUSE = 200
 """Frames of silence that always end a stretch."""
-PAD = 25
-"""Frames of silence that stay at a stretch's edges."""
+EDGE_SECONDS = (0.25, 0.25)
+"""Of silence that stay before a stretch's first sound and behind its last: words may begin and end below the
+threshold."""
 LAST_PARTS = (2 / 3, 1 / 3)
 """Where a cut is looked for: behind this part of what fits; if no pause is there, behind the next."""
 SHORTEST = 1.0
@@ -68,19 +69,27 @@ class Stretch:
         return self.start + len(self.samples)
 
 
-def stretches(blocks: Iterable[np.ndarray], most_samples: int = MAX_AUDIO_SAMPLES) -> Iterator[Stretch]:
+def stretches(
+    blocks: Iterable[np.ndarray],
+    most_samples: int = MAX_AUDIO_SAMPLES,
+    edge_seconds: tuple[float, float] = EDGE_SECONDS,
+) -> Iterator[Stretch]:
     """The stretches of a clip in order, disjoint; what is in none of them is silent.
 
     Args:
         blocks: float32 [n], mono at 16 kHz, the clip end to end.
         most_samples: the longest stretch.
+        edge_seconds: of silence that stay before its first sound and behind its last, where there are so many.
 
     Raises:
-        InputError: `most_samples` is less than a second.
+        InputError: `most_samples` is less than a second, or one of `edge_seconds` not 0 to 1.
     """
     if most_samples < SHORTEST * SAMPLE_RATE:
         raise InputError(f"pieces of {most_samples / SAMPLE_RATE:g} s: expected at least {SHORTEST:g} s")
+    if any(not 0 <= seconds <= 1 for seconds in edge_seconds):
+        raise InputError(f"{edge_seconds} s of silence at the edges of pieces: expected 0 to 1 s each")
     most = most_samples // FRAME
+    before, behind = (round(seconds * SAMPLE_RATE / FRAME) for seconds in edge_seconds)
     window = _Window(iter(blocks))
     floor = _Floor()
     while window.fill(most + 1):
@@ -89,34 +98,35 @@ def stretches(blocks: Iterable[np.ndarray], most_samples: int = MAX_AUDIO_SAMPLE
         threshold = floor.threshold(loudness)
         sounds = np.flatnonzero(loudness > threshold)
         if not len(sounds):
-            window.drop(seen if last else seen - PAD, floor)
+            window.drop(seen if last else seen - min(before, seen - 1), floor)
             continue
-        if sounds[0] > PAD:  # then more fits behind it
-            window.drop(int(sounds[0]) - PAD, floor)
+        if sounds[0] > before:  # then more fits behind it
+            window.drop(int(sounds[0]) - before, floor)
             continue
-        end, follows = _end(loudness, sounds, most, last)
+        end, follows = _end(loudness, sounds, most, behind, last)
         yield window.stretch(end)
         window.drop(follows, floor)
 
 
-def _end(loudness: np.ndarray, sounds: np.ndarray, most: int, last: bool) -> tuple[int, int]:
+def _end(loudness: np.ndarray, sounds: np.ndarray, most: int, behind: int, last: bool) -> tuple[int, int]:
     """(frames of the stretch that begins here, frames until the next one may begin).
 
     Args:
         loudness: dB [up to `most` frames].
         sounds: the numbers of those that are not silent.
         most: frames of the longest stretch.
+        behind: frames of silence that stay at its end.
         last: whether the clip ends with these frames.
     """
     gaps = np.flatnonzero(np.diff(sounds) > LONG_PAUSE)
     final = int(sounds[gaps[0] if len(gaps) else -1]) + 1
     if len(gaps) or len(loudness) - final >= LONG_PAUSE:
-        return min(final + PAD, len(loudness)), min(final + PAD, len(loudness))
+        return (min(final + behind, len(loudness)),) * 2
     if last:
-        return min(final + PAD, len(loudness)), len(loudness)
+        return min(final + behind, len(loudness)), len(loudness)
     cut = _cut(loudness, most)
     heard = int(sounds[sounds < cut][-1]) + 1 if len(sounds) and sounds[0] < cut else cut
-    return min(cut, heard + PAD), cut
+    return min(cut, heard + behind), cut
 
 
 def _cut(loudness: np.ndarray, most: int) -> int:

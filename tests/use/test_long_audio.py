@@ -1,19 +1,27 @@
 """Long clips: where they are cut, that nothing of them is lost, and that the pieces' transcripts are the clip's."""
 
+import csv
 import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+import gemma_mlx
+from gemma_mlx.data.examples import TRANSCRIBE
 from gemma_mlx.data.media import audio_blocks, load_audio
-from gemma_mlx.data.silence import FRAME, PAD, stretches
+from gemma_mlx.data.silence import FRAME, stretches
 from gemma_mlx.errors import InputError
-from gemma_mlx.long_audio import FORMATS, Piece, Transcript, stamp
+from gemma_mlx.long_audio import FORMATS, Piece, Transcript, stamp, transcribe
+from gemma_mlx.sampling import Settings
 
 RATE = 16_000
+DEMO = Path(gemma_mlx.__file__).parent / "demo"
+DEMO_EDGES = (0.02, 0.18)
+"""Seconds of silence that leave a demo clip as it was: its sound begins after 0.04 s, 0.02 s of that in the average."""
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")
 BOOK = sorted(LIBRIVOX.glob("*.wav"))
 
@@ -123,7 +131,7 @@ def test_silence_is_left_out_but_for_the_edges():
         found = cut(samples)
         assert len(found) == 3
         for s, (a, b) in zip(found, edges, strict=True):
-            assert a - PAD * FRAME - 4 * FRAME <= s.start <= a and b <= s.end <= b + PAD * FRAME + 4 * FRAME
+            assert a - RATE // 4 - 4 * FRAME <= s.start <= a and b <= s.end <= b + RATE // 4 + 4 * FRAME
 
 
 @pytest.mark.parametrize("noise", [-120, -60, -45])
@@ -288,3 +296,100 @@ def test_scripts_without_spaces_are_joined_without_them():
 
     assert joined("今日は", "晴れ") == "今日は晴れ" and joined("สวัสดี", "ครับ") == "สวัสดีครับ"
     assert joined("안녕", "하세요") == "안녕 하세요" and joined("see 東京", "now") == "see 東京 now"
+
+
+def test_memory_does_not_grow_with_the_clip():
+    """Half an hour in blocks of 10 s (115 MB of samples) within 20 MB."""
+    r = np.random.default_rng(11)
+    block = spoken(r, [2, 1, 3, 0.5], [0.5, 1, 0.3, 1.7], -60)[0]
+    tracemalloc.start()
+    try:
+        total = sum(len(s.samples) for s in stretches(block.copy() for _ in range(180)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6 and total > 0.6 * 180 * len(block)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return gemma_mlx.load(DEMO / "checkpoint")
+
+
+def demo_clips(count):
+    with (DEMO / "data" / "test_everyday.csv").open() as file:
+        return [DEMO / "data" / row["audio_path"] for row, _ in zip(csv.DictReader(file), range(count), strict=False)]
+
+
+def asked(path):
+    content = [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": path}]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("count", [16, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_concatenation_is_transcribed_as_its_clips_one_by_one(demo, tmp_path, count):
+    model, processor = demo
+    r = np.random.default_rng(0)
+    paths = demo_clips(count)
+    alone = gemma_mlx.generate(model, processor, [asked(path) for path in paths])
+    parts, starts, at = [], [], 0
+    for path in paths:
+        clip = load_audio(path)
+        gap = int(r.integers(2.5 * RATE, 3 * RATE))
+        gap -= (len(clip) + gap) % FRAME  # the toy model hears 10 ms more or less of silence
+        starts.append(at / RATE)
+        parts += [clip, np.zeros(gap, np.float32)]
+        at += len(clip) + gap
+    path = tmp_path / "long.flac"
+    soundfile.write(path, np.concatenate(parts), RATE)
+    told = []
+    found = transcribe(model, processor, path, edge_seconds=DEMO_EDGES, on_piece=told.append)
+    assert [piece.text for piece in found.pieces] == alone
+    assert found.text == " ".join(alone) and told == list(found.pieces) and found.seconds == at / RATE
+    assert all(abs(piece.start_s - start) <= 0.02 for piece, start in zip(found.pieces, starts, strict=True))
+    assert found.unfinished == ()
+
+
+def test_pieces_are_answered_as_files_of_the_same_samples(demo, tmp_path):
+    """Two pieces at a time, of a clip that is cut where there is no long pause; the oracle reads files of its cuts."""
+    model, processor = demo
+    whole = np.concatenate([np.concatenate([load_audio(path), np.zeros(4800, np.float32)]) for path in demo_clips(12)])
+    soundfile.write(tmp_path / "a.wav", whole, RATE, subtype="FLOAT")
+    options = {"piece_seconds": 4.0, "edge_seconds": (0.1, 0.2), "settings": Settings(max_tokens=12)}
+    found = transcribe(model, processor, tmp_path / "a.wav", batch_size=2, prompt="Write it down.", **options)
+    assert len(found.pieces) >= 4 and len({piece.text for piece in found.pieces}) >= 3
+    questions = []
+    for i, piece in enumerate(found.pieces):
+        assert piece.end_s - piece.start_s <= 4
+        path = tmp_path / f"{i}.wav"
+        soundfile.write(path, whole[round(piece.start_s * RATE) : round(piece.end_s * RATE)], RATE, subtype="FLOAT")
+        question = asked(path)
+        question[0]["content"][0]["text"] = "Write it down."
+        questions.append(question)
+    assert [piece.text for piece in found.pieces] == gemma_mlx.generate(model, processor, questions, max_tokens=12)
+
+
+def test_pieces_that_end_at_the_most_tokens_are_told(demo, tmp_path):
+    model, processor = demo
+    found = transcribe(model, processor, demo_clips(1)[0], settings=Settings(max_tokens=2))
+    assert len(found.pieces) == 1 and found.unfinished == (0,)
+
+
+def test_silence_has_an_empty_transcript(demo, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(40 * RATE), RATE)
+    found = transcribe(*demo, tmp_path / "a.wav")
+    assert found.pieces == () and found.text == "" and found.skipped_seconds == found.seconds == 40
+    assert found.written("srt") == "" and found.written("vtt") == "WEBVTT\n"
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"piece_seconds": 31}, "piece_seconds is 31; expected 1 to 30"),
+        ({"piece_seconds": 0.5}, "expected 1 to 30"),
+        ({"edge_seconds": (0.1, 1.5)}, "expected 0 to 1 s"),
+    ],
+)
+def test_bad_options_are_one_line(demo, options, message):
+    with pytest.raises(InputError, match=message):
+        transcribe(*demo, demo_clips(1)[0], **options)
