@@ -1,103 +1,35 @@
-"""A score for a model on a file of rows: answers, compared with what the rows say."""
+"""A score for a model on a file of rows: answers, compared with what the rows say, and with another model's."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gemma_mlx import scoring
-from gemma_mlx.batch import Batch, unit_range
-from gemma_mlx.data.batches import collate
-from gemma_mlx.data.dataset import read_examples
+from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.data.examples import Example
-from gemma_mlx.data.features import MEL_BINS, SILENCE
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.remote.lazy import LazyFetcher
 from gemma_mlx.errors import InputError
-from gemma_mlx.files import write_whole
-from gemma_mlx.generation import answer_ids, greedy, suppressing
-from gemma_mlx.models.media import MEDIA
+from gemma_mlx.evaluating.answering import Asking, answer_all, muted
+from gemma_mlx.evaluating.comparison import BASE, earlier_answers, other_model
+from gemma_mlx.evaluating.identity import data_digest, model_digests, prompts_digest
+from gemma_mlx.evaluating.ledger import InMemory, Record, opened
+from gemma_mlx.evaluating.measuring import check_metrics
+from gemma_mlx.evaluating.page import write_page
+from gemma_mlx.evaluating.prediction import Prediction
+from gemma_mlx.evaluating.report import NORMALIZE, PREDICTIONS, REPORT, Report
+from gemma_mlx.evaluating.rows import Known, Rated, read_rows
+from gemma_mlx.full import full_modules
+from gemma_mlx.lora import lora_layers
+from gemma_mlx.normalizers import normalizer
 
-PREDICTIONS = "predictions.csv"
-REPORT = "report.json"
-GREY = 0.5
+__all__ = ["PREDICTIONS", "REPORT", "Prediction", "Report", "evaluate", "muted"]
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """One row's answer beside its reference."""
-
-    row_id: str
-    where: str
-    task: str
-    """"transcript" or "answer": which score it enters."""
-    reference: str
-    prediction: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All predictions of one evaluation, in the order of the file, and their scores."""
-
-    predictions: tuple[Prediction, ...]
-    normalize: str = "basic"
-
-    @cached_property
-    def scores(self) -> dict[str, float | int]:
-        """``transcripts`` with ``wer`` and ``cer``, ``answers`` with ``exact_match``: those of which there are any."""
-        found: dict[str, float | int] = {}
-        references, predictions = self._texts("transcript")
-        if references:
-            found["transcripts"] = len(references)
-            found["wer"] = scoring.word_error_rate(references, predictions)
-            found["cer"] = scoring.character_error_rate(references, predictions)
-        references, predictions = self._texts("answer")
-        if references:
-            found["answers"] = len(references)
-            found["exact_match"] = scoring.exact_match(references, predictions)
-        return found
-
-    def _texts(self, task: str) -> tuple[list[str], list[str]]:
-        clean = scoring.NORMALIZERS[self.normalize]
-        chosen = [p for p in self.predictions if p.task == task]
-        return [clean(p.reference) for p in chosen], [clean(p.prediction) for p in chosen]
-
-    def table(self) -> str:
-        """The scores as lines of text."""
-        s, lines = self.scores, []
-        if "wer" in s:
-            lines.append(f"{s['transcripts']} transcripts   WER {s['wer']:.2%}   CER {s['cer']:.2%}")
-        if "exact_match" in s:
-            lines.append(f"{s['answers']} answers   exact match {s['exact_match']:.2%}")
-        return "\n".join(lines)
-
-    def write(self, folder: str | Path) -> None:
-        """Write ``predictions.csv`` (one line a row) and ``report.json`` (the scores) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{PREDICTIONS}").open("w", newline="", encoding="utf-8") as f:
-            out = csv.writer(f)
-            out.writerow(["row_id", "where", "task", "reference", "prediction", "errors"])
-            for p in self.predictions:
-                out.writerow([p.row_id, p.where, p.task, p.reference, p.prediction, f"{self._error(p):.4g}"])
-        (folder / f".{PREDICTIONS}").replace(folder / PREDICTIONS)
-        report = {**self.scores, "normalize": self.normalize}
-        write_whole(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-
-    def _error(self, p: Prediction) -> float:
-        """Word error rate of a transcript; 0 or 1 for an answer."""
-        clean = scoring.NORMALIZERS[self.normalize]
-        reference, prediction = clean(p.reference), clean(p.prediction)
-        if p.task == "transcript":
-            return scoring.word_error_rate([reference], [prediction])
-        return float(reference != prediction)
+FINISHED, FINISHED_OTHER = "finished.jsonl", "finished_other.jsonl"
+"""The ledgers of the model and of the one that it is compared with."""
 
 
 def evaluate(
@@ -109,81 +41,172 @@ def evaluate(
     max_tokens: int = 128,
     batch_size: int = 8,
     limit: int | None = None,
-    normalize: str = "basic",
+    normalize: str = NORMALIZE,
+    metrics: Sequence[str] = (),
+    language: str | None = None,
+    group_by: Sequence[str] = (),
+    cluster_by: str | None = None,
+    likelihood: bool = False,
+    compare: str | Path | None = None,
     without_media: bool = False,
+    restart: bool = False,
+    page: bool = True,
     progress: Callable[[int, int], None] | None = None,
     **reading: Any,
 ) -> Report:
     """Answer every row greedily and compare with its reference.
 
-    ``data``: what `gemma_mlx.data.rows.Rows` reads (``reading``: its options, such as ``media_roots`` and ``columns``)
-    or examples.
     Rows with a clip whose reference is its ``text`` are transcripts and get word and character error rates; all others
-    are answers and count as right when equal after ``normalize`` ("basic": case, punctuation and spacing do not count;
-    "none": only spacing). ``without_media`` gives silence for every clip and grey for every picture: what the model
-    then says is guessed. ``progress(done, all)`` is called after each batch. With ``out`` the report is written there.
+    are answers and get exact match, F1 and ANLS.
 
-    Raises InputError for bad rows, naming file and line, before the first answer.
+    Args:
+        data: what `gemma_mlx.data.rows.Rows` reads, or examples.
+        out: a folder for ``predictions.csv``, ``report.json``, ``report.html``, and the list of finished rows with
+            which a killed evaluation goes on: run again with the same options it answers only the others.
+        max_tokens: the most tokens of an answer.
+        batch_size: rows answered at a time.
+        limit: only the first so many rows.
+        normalize: what is made equal before texts are compared, see `gemma_mlx.normalizers.normalizer`.
+        metrics: names of `gemma_mlx.scoring.METRICS`, over all rows, in place of those by kind of row.
+        language: of rows that name none; decides what the normaliser does.
+        group_by: scores of parts of the rows as well: by ``language``, ``source``, ``duration``, ``media``,
+            ``reference_length``, ``task`` or a column.
+        cluster_by: rows with one value of this column (a speaker) are drawn together in intervals and tests.
+        likelihood: measure perplexity and token accuracy of the references too; rows of mere text are then let in.
+        compare: "base" for the same model without its adapter, an adapter to put in its place, or the
+            ``predictions.csv`` of an earlier evaluation of the same rows. The model is afterwards as it was.
+        without_media: silence for every clip and grey for every picture: what the model then says is guessed.
+        restart: answer rows again that ``out`` already has.
+        page: whether ``report.html`` is written.
+        progress: called with (rows done, all) after each batch.
+        reading: options of `Rows`, such as ``media_roots`` and ``columns``.
+
+    Raises:
+        InputError: bad rows, naming file and line, unknown names, or an ``out`` of another evaluation; before the first
+            answer.
     """
-    if normalize not in scoring.NORMALIZERS:
-        raise InputError(f"normalize: expected {' or '.join(scoring.NORMALIZERS)}, got {normalize!r}")
-    if isinstance(data, str | Path):
-        options = {"max_tokens": max_tokens, "batch_size": batch_size, "limit": limit, "normalize": normalize}
-        options |= {"without_media": without_media, "progress": progress}
-        named = [str(data), *map(str, reading.get("media_roots", ()))]
-        with reading.pop("fetcher", None) or LazyFetcher(named) as fetcher:
-            return evaluate(model, processor, read_examples(data, fetcher=fetcher, **reading), out, **options)
-    examples = _with_references(list(data)[:limit])
-    answers: dict[int, str] = {}
-    sampler = suppressing(greedy, processor.suppressed_ids)
-    for chosen, batch in _batches(processor, examples, batch_size):
-        batch = muted(batch) if without_media else batch
-        found = answer_ids(model, batch, processor.eos_ids, max_tokens, sampler)
-        for i, ids in zip(chosen, found, strict=True):
-            answers[i] = processor.decode(ids)
-        if progress:
-            progress(len(answers), len(examples))
-    report = Report(tuple(_prediction(e, answers[i]) for i, e in enumerate(examples)), normalize)
-    if out is not None:
-        report.write(out)
+    check_metrics(metrics)
+    normalizer(normalize)
+    _check_comparison(model, compare)
+    asking = Asking(max_tokens, batch_size, without_media, likelihood)
+    wanted = [*group_by, *([cluster_by] if cluster_by else [])]
+    with _fetching(data, reading):
+        rated = read_rows(data, reading, wanted, limit, likelihood)
+        earlier = earlier_answers(Path(compare), rated.examples) if compare and _is_file(compare) else []
+        prompts = [processor.prompt(e, with_features=False).input_ids for e in rated.examples]
+        answered = _Answered(processor, rated, asking, prompts, out, restart, progress, _passes(compare))
+        predictions, digests = answered.by(model, FINISHED)
+        about = _about(data, processor, rated, answered.identity, digests, asking)
+        report = Report(
+            predictions, normalize, tuple(metrics), tuple(group_by), cluster_by, language,
+            *_other(model, compare, earlier, predictions, answered), about,
+        )  # fmt: skip
+        if out is not None:
+            report.write(out)
+            if page:
+                write_page(Path(out), report, rated.examples, processor)
     return report
 
 
-def _prediction(example: Example, answer: str) -> Prediction:
-    return Prediction(example.row_id, example.where, example.task, example.reference, answer)
+@contextmanager
+def _fetching(data: Any, reading: dict[str, Any]) -> Iterator[None]:
+    """Puts a fetcher into ``reading``, for as long as media may be read."""
+    if not isinstance(data, str | Path):
+        with nullcontext():
+            yield
+        return
+    named = [str(data), *map(str, reading.get("media_roots", ()))]
+    with reading.get("fetcher") or LazyFetcher(named) as fetcher:
+        reading["fetcher"] = fetcher
+        yield
 
 
-def _with_references(examples: list[Example]) -> list[Example]:
-    """The examples themselves; raises InputError where one has nothing to be compared with."""
-    for example in examples:
-        if example.completion:
-            raise InputError(f"{example.where}: nothing but text, so no answer to score; add a prompt or media")
-    return examples
+class _Answered:
+    """How rows are answered by one model after another."""
+
+    def __init__(
+        self, processor: Processor, rated: Rated, asking: Asking, prompts: list[Any], out: str | Path | None,
+        restart: bool, progress: Callable[[int, int], None] | None, passes: int,
+    ):  # fmt: skip
+        self.processor, self.rated, self.asking, self.restart = processor, rated, asking, restart
+        self.lengths = [len(ids) for ids in prompts]
+        self.out, self.progress, self.passes, self._done = out, progress, passes, 0
+        self.identity = {"data": data_digest(rated.examples), "prompts": prompts_digest(prompts), **asking.told()}
+
+    def by(self, model: Any, name: str) -> tuple[tuple[Prediction, ...], dict[str, str]]:
+        """(predictions in the order of the rows, digests of the model); finished rows are in the ledger ``name``."""
+        examples, digests = self.rated.examples, model_digests(model)
+        with self._ledger(name, digests) as ledger:
+            records = answer_all(
+                model, self.processor, examples, self.lengths, self.asking, ledger, self._counted(len(examples))
+            )
+        self._done += len(examples)
+        return tuple(map(_prediction, examples, self.rated.known, records)), digests
+
+    def _counted(self, count: int) -> Callable[[int, int], None] | None:
+        done, all_rows, progress = self._done, count * self.passes, self.progress
+        return progress and (lambda now, _: progress(done + now, all_rows))
+
+    def _ledger(self, name: str, digests: dict[str, str]) -> Any:
+        if self.out is None:
+            return nullcontext(InMemory())
+        folder = Path(self.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot be made ({error.strerror}); choose another folder") from None
+        return opened(folder / name, {**self.identity, **digests}, self.restart)
 
 
-def _batches(processor: Processor, examples: list[Example], size: int):
-    """(indices, prompts as a batch), rows of similar length together: by media size first, prompts decoded lazily."""
-    lengths = [len(processor.prompt(e, with_features=False).input_ids) for e in examples]
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield chosen, collate([processor.prompt(examples[i]) for i in chosen], pad_id=processor.pad_id)
+def _prediction(example: Example, known: Known, record: Record) -> Prediction:
+    """A row with its record."""
+    likelihood = (record["nll"], record["labels"], record["correct"]) if "nll" in record else None
+    return Prediction(
+        example.row_id, example.where, "text" if example.completion else example.task, example.reference,
+        record.get("text", ""), record.get("finish", "stop"), known.language, known.source, record["seconds"],
+        len(example.media()), known.cells, likelihood,
+    )  # fmt: skip
 
 
-def muted(batch: Batch) -> Batch:
-    """The batch with silence in place of sound and mid-grey in place of pictures, of the same sizes."""
-    changes = {}
-    if batch.input_features is not None:
-        silence = SILENCE if batch.input_features.shape[-1] == MEL_BINS else 0.0  # else raw samples
-        changes["input_features"] = _filled(batch.input_features, batch.input_features_mask, silence)
-    for pixels, positions in MEDIA.values():
-        if pixels != "input_features" and (given := getattr(batch, pixels)) is not None:
-            changes[pixels] = _filled(unit_range(given), (getattr(batch, positions) >= 0).all(-1), GREY)
-    return replace(batch, **changes, digests={})
+def _is_file(compare: str | Path) -> bool:
+    return Path(compare).suffix == ".csv"
 
 
-def _filled(like: np.ndarray, valid: np.ndarray, value: float) -> np.ndarray:
-    """``value`` where ``valid`` and zero elsewhere, in the shape and type of ``like``."""
-    out = np.zeros_like(like)
-    out[valid] = value
-    return out
+def _passes(compare: str | Path | None) -> int:
+    """How many models answer."""
+    return 1 if compare is None or _is_file(compare) else 2
+
+
+def _check_comparison(model: Any, compare: str | Path | None) -> None:
+    if compare is None:
+        return
+    if str(compare) == BASE and not lora_layers(model) and not full_modules(model):
+        raise InputError("--compare base: the model has no adapter, so it is the base; name an --adapter")
+    elif not _is_file(compare) and str(compare) != BASE:
+        read_adapter(compare)
+
+
+def _other(
+    model: Any, compare: str | Path | None, earlier: list[tuple[str, str]], predictions: tuple[Prediction, ...],
+    answered: _Answered,
+) -> tuple[tuple[Prediction, ...] | None, str]:  # fmt: skip
+    """(what the predictions are compared with, its name)."""
+    if compare is None:
+        return None, BASE
+    if _is_file(compare):
+        pairs = zip(predictions, earlier, strict=True)
+        return tuple(replace(p, prediction=text, finish=end, likelihood=None) for p, (text, end) in pairs), "earlier"
+    with other_model(model, compare) as other:
+        return answered.by(other, FINISHED_OTHER)[0], BASE if str(compare) == BASE else "other"
+
+
+def _about(
+    data: Any, processor: Processor, rated: Rated, identity: dict[str, str], digests: dict[str, str], asking: Asking
+) -> dict[str, Any]:
+    """What was evaluated on what, and how."""
+    source = str(data) if isinstance(data, str | Path) else "examples"
+    return {
+        "data": {"source": source, "rows": len(rated), "sha256": identity["data"]},
+        "model": {"folder": str(processor.folder), "sha256": digests["model"], "adapter_sha256": digests["adapter"]},
+        "settings": asking.told(),
+    }

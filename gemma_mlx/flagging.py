@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from gemma_mlx import scoring
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import write_whole
+from gemma_mlx.normalizers import normalizer
+from gemma_mlx.scoring import metric
 
 FLAGGED = "delete.csv"
 """Named as the folder that it may go into: ``data_patches/<source>/delete/``."""
@@ -32,25 +33,30 @@ def check_limit(limit: float) -> None:
         raise InputError(f"--flag-bad-rows {limit:g}: expected a word error rate of 0 or more, such as 0.5")
 
 
-def flagged(predictions: Iterable[Scored], limit: float, normalize: str = "basic") -> list[tuple[Scored, float]]:
+def flagged(
+    predictions: Iterable[Scored], limit: float, normalize: str = "basic", language: str | None = None
+) -> list[tuple[Scored, float]]:
     """Transcripts whose word error rate exceeds `limit`, worst first, each with its rate.
 
     Args:
         predictions: rows of all tasks; those that are no transcripts are passed over.
         limit: 0.5 flags rows of which more than half the words differ.
-        normalize: as for `gemma_mlx.evaluation.evaluate`.
+        normalize, language: as for `gemma_mlx.evaluation.evaluate`; a row's own language comes first.
     """
-    clean = scoring.NORMALIZERS[normalize]
     found = []
     for p in predictions:
         if p.task == "transcript":
-            rate = scoring.word_error_rate([clean(p.reference)], [clean(p.prediction)])
+            own = getattr(p, "language", "") or language
+            clean = normalizer(normalize, own)
+            rate = metric("wer", own).score([clean(p.reference)], [clean(p.prediction)])
             if rate > limit:
                 found.append((p, rate))
     return sorted(found, key=lambda pair: -pair[1])
 
 
-def flag_rows(predictions: Sequence[Scored], limit: float, out: Path, normalize: str = "basic") -> str:
+def flag_rows(
+    predictions: Sequence[Scored], limit: float, out: Path, normalize: str = "basic", language: str | None = None
+) -> str:
     """Write ``delete.csv`` into `out`, and say in a line what is in it.
 
     Its columns are ``id, wer, reference, prediction, where``. Rows without an id are listed with an empty one: a patch
@@ -60,7 +66,7 @@ def flag_rows(predictions: Sequence[Scored], limit: float, out: Path, normalize:
         InputError: as `check_limit`.
     """
     check_limit(limit)
-    found = flagged(predictions, limit, normalize)
+    found = flagged(predictions, limit, normalize, language)
     text = io.StringIO(newline="")
     lines = csv.writer(text)
     lines.writerow(["id", "wer", "reference", "prediction", "where"])

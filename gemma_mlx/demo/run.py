@@ -105,6 +105,7 @@ def _score(
             out / "scores" / name if out else None,
             max_tokens=40,
             batch_size=32,
+            normalize="basic",
             without_media=muted,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -65,9 +65,11 @@ def test_a_report_counts_what_is_right():
         Prediction("3", "a:4", "answer", "7", " 7."),
         Prediction("4", "a:5", "answer", "eight", "nine"),
     ))  # fmt: skip
-    assert report.scores == {"transcripts": 2, "wer": 0.25, "cer": 6 / 24, "answers": 2, "exact_match": 0.5}
+    assert report.scores == {
+        "transcripts": 2, "wer": 0.25, "cer": 6 / 24, "answers": 2, "exact_match": 0.5, "f1": 0.5, "anls": 0.0,
+    }  # fmt: skip
     assert Report(report.predictions, "none").scores["exact_match"] == 0.0
-    assert "WER 25.00%" in report.table() and "exact match 50.00%" in report.table()
+    assert re.search(r"WER\W+2\W+25\.00%", report.table()) and re.search(r"exact match\W+2\W+50\.00%", report.table())
 
 
 def test_muted_clips_equal_digital_silence_and_pictures_are_grey(loaded, scored):
@@ -89,7 +91,7 @@ def test_evaluate_and_generate_from_the_command_line(checkpoint_folder, scored, 
     out = tmp_path / "scores"
     common = ("--model", checkpoint_folder, "--image-tokens", 70)
     assert verb("evaluate", *common, "--data", scored, "--out", out, "--max-tokens", 3, "--limit", 5) == 0
-    assert re.search(r"transcripts   WER \d+\.\d\d%", capsys.readouterr().out)
+    assert re.search(r"WER\W+3\W+\d+\.\d\d%\W+\d+\.\d\d% to \d", capsys.readouterr().out)
     assert len(list(csv.DictReader((out / "predictions.csv").open()))) == 5
     assert verb("generate", *common, "--audio", rows / "0.wav", "--image", rows / "1.png", "--max-tokens", 3) == 0
     assert verb("generate", *common, "--prompt", "hello", "--temperature", 0.7, "--seed", 1, "--max-tokens", 3) == 0

@@ -1,0 +1,1 @@
+"""The parts of `gemma_mlx.evaluation`: rows, answers, scores, and how they are shown."""
