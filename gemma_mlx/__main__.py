@@ -15,6 +15,7 @@ VERBS = {
     "prepare": ("gemma_mlx.cli.prepare", "Check, convert, split and download data, without a model."),
     "doctor": ("gemma_mlx.cli.doctor", "Describe a checkpoint: parts, sizes, what trains, why it would not load."),
     "generate": ("gemma_mlx.cli.generate", "Answer a prompt about text, sound and pictures."),
+    "export": ("gemma_mlx.cli.export", "Write what was trained for Hugging Face, PEFT, mlx-lm or llama.cpp."),
 }
 """Verb -> the module that holds its ``command``, and one line for the help page."""
 

@@ -19,6 +19,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def megabytes(say: Reporter, what: str, total: int) -> Callable[[int], None]:
+    """A function that is told of so many bytes more, and shows how many megabytes of `total` are done."""
+    count, done = say.counter(f"megabytes {what}"), 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        count(max(1, done // 10**6), max(1, total // 10**6))
+
+    return told
+
+
 class Reporter:
     """Tells about a run's stages on stderr; ``quiet`` says nothing but warnings."""
 

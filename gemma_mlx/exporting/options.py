@@ -22,6 +22,8 @@ class Source:
         run: the run's folder, where there is one.
         step: the step that the adapter is of, where it is known.
         remembered: the options that the adapter must be used with (`gemma_mlx.lora.remembered_options`).
+        told: lines for the user about what was chosen.
+        kept: what removes a made adapter's folder once nothing needs the source.
     """
 
     base: Path
@@ -31,6 +33,8 @@ class Source:
     run: Path | None = None
     step: int | None = None
     remembered: Mapping[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    kept: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class ExportOptions:
         gguf_type: what llama.cpp's converter writes: "f32", "f16", "bf16", "q8_0"; None to follow ``dtype``.
         gguf_lora: only the adapter, as a LoRA GGUF, instead of the merged model.
         mmproj: also the towers' GGUF, where the checkpoint has towers and the converter takes them.
+        quiet: show no progress.
         merge_towers: for PEFT: what PEFT cannot take is merged into a base written beside the adapter.
     """
 
@@ -54,3 +59,4 @@ class ExportOptions:
     gguf_lora: bool = False
     mmproj: bool = True
     merge_towers: bool = False
+    quiet: bool = False

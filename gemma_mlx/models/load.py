@@ -133,7 +133,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _stored(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Name -> tensor of all that the files hold.
 
     Raises:
@@ -291,7 +291,7 @@ def load_model(
         raise InputError(f"vision_runs {vision_runs!r}: expected 'sliding' or 'all'")
     if hasattr(spec.text, "vision_runs"):
         spec = replace(spec, text=replace(spec.text, vision_runs=vision_runs))
-    stored = {} if is_gguf(folder) else _stored(folder)
+    stored = {} if is_gguf(folder) else stored_tensors(folder)
     spec = without_absent_media(spec, stored, folder)
     target = chosen_dtype(dtype, spec)
     model = build(spec)

@@ -60,6 +60,11 @@ def may_be_dropped(name: str, spec: ModelSpec) -> bool:
     return bool(found) and spec.text.first_kv_shared_layer <= int(found[1]) < spec.text.num_hidden_layers
 
 
+def is_shared_kv(path: str) -> bool:
+    """Whether a module path names a key or value tensor of a layer, which the layer may share with another."""
+    return bool(_SHARED_KV.match(path))
+
+
 def to_mlx_axes(
     name: str, shape: tuple[int, ...], wanted: tuple[int, ...], channels_last: bool = False
 ) -> tuple[int, ...] | None:

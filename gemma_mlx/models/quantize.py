@@ -10,7 +10,7 @@ too; they load as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +108,9 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
         InputError: other bits, or a model that holds quantized weights already.
     """
     done, parts = [], set(parts)
-    for path in _quantizable(model, bits):
+    for path, module in quantizable(model, bits):
         if parts and not parts.intersection(path.split(".")):
             continue
-        module = _matrix(model, path)
         packed = module.to_quantized(group_size=group_of(module.weight.shape[-1]), bits=bits)
         mx.eval(packed.parameters())
         put_module(model, path, packed)
@@ -126,8 +125,12 @@ def _matrix(model: nn.Module, path: str) -> nn.Module:
     return Stack(found) if isinstance(found, mx.array) else found
 
 
-def _quantizable(model: nn.Module, bits: int) -> list[str]:
-    """Paths of the matrices and stacks that quantizing to so many bits packs. Raises InputError as `quantize_model`."""
+def quantizable(model: nn.Module, bits: int) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the matrices and stacks that quantizing to so many bits packs.
+
+    Raises:
+        InputError: as `quantize_model`.
+    """
     if bits not in BITS:
         raise InputError(f"quantize {bits}: expected one of {', '.join(map(str, BITS))}")
     if found := quantized_paths(model):
@@ -135,13 +138,15 @@ def _quantizable(model: nn.Module, bits: int) -> list[str]:
         held = f"{path}: {form.bits} bits"
         raise InputError(f"quantize {bits}: the checkpoint is quantized already ({held}); leave it out")
     paths = [*_modules(model), *float_stacks(model)]
-    return [path for path in paths if not stays_float(path, _matrix(model, path))]
+    for path in paths:
+        module = _matrix(model, path)
+        if not stays_float(path, module):
+            yield path, module
 
 
 def empty_quantized(model: nn.Module, bits: int) -> None:
     """`quantize_model` without reading a weight: the packed matrices' values mean nothing."""
-    for path in _quantizable(model, bits):
-        module = _matrix(model, path)
+    for path, module in quantizable(model, bits):
         put_empty(model, path, module, Packed(bits, group_of(module.weight.shape[-1])))
 
 
