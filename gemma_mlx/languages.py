@@ -118,12 +118,12 @@ ms msa may: Malay
 mt mlt: Maltese
 my mya bur: Burmese; Myanmar
 na nau: Nauru
-nb nob: Norwegian Bokmål
+nb nob: Norwegian Bokmål; Bokmål
 nd nde: North Ndebele
 ne nep: Nepali
 ng ndo: Ndonga
 nl nld dut: Dutch; Flemish
-nn nno: Norwegian Nynorsk
+nn nno: Norwegian Nynorsk; Nynorsk
 no nor: Norwegian
 nr nbl: South Ndebele
 nv nav: Navajo; Navaho
@@ -205,17 +205,16 @@ umb: Umbundu
 yue: Cantonese; Yue Chinese
 """
 # ISO 639-3 codes of what an ISO 639-1 code above stands for; data sets name their languages by them.
-_MEMBERS = {
-    **{"cmn": "zh", "arb": "ar", "pes": "fa", "prs": "fa", "swh": "sw", "ory": "or", "npi": "ne", "azj": "az"},
-    **{"ekk": "et", "lvs": "lv", "zsm": "ms", "khk": "mn", "uzn": "uz", "plt": "mg", "als": "sq", "ydd": "yi"},
-    **{"gaz": "om", "kmr": "ku", "pbt": "ps", "fuv": "ff", "knc": "kr", "ayr": "ay", "quy": "qu", "gug": "gn"},
-}
+_MEMBERS = """
+cmn=zh arb=ar pes=fa prs=fa swh=sw ory=or npi=ne azj=az ekk=et lvs=lv zsm=ms khk=mn uzn=uz plt=mg als=sq
+ydd=yi gaz=om kmr=ku pbt=ps fuv=ff knc=kr ayr=ay quy=qu gug=gn jw=jv
+"""
 
 
 @cache
 def _known() -> tuple[dict[str, str], dict[str, str]]:
     """(code or small name -> code, code -> name)."""
-    codes, names = dict(_MEMBERS), {}
+    codes, names = dict(pair.split("=") for pair in _MEMBERS.split()), {}
     for line in _ISO_639.strip().splitlines():
         spelled, called = line.split(": ")
         code, *others = spelled.split()

@@ -24,7 +24,8 @@ _INDIC = {
 }
 # Vowel points, Koran signs and the lengthening stroke: the same word is written with or without them.
 _POINTS = re.compile(
-    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
+    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"
+    "\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
 )
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー々〆]"
 
@@ -95,10 +96,15 @@ def _whisper(code: str | None) -> Normalizer:
 
     plain, spelled = BasicTextNormalizer(preserve_marks=True), _indic(code)
     shape = _unspaced if code in SPACELESS else whitespace
+    lower = str.maketrans(
+        {"İ": "i", "I": "ı"} if code in ("tr", "az") else {"İ": "i"}
+    )  # else "i" and a dot that is a mark
 
     def clean(text: str) -> str:
+        text = text.translate(lower)
         text = _POINTS.sub("", _digits(plain(text)))
-        return shape(_visible(spelled(text)))
+        text = plain(_visible(spelled(text)))  # again, since a letter's other spelling may have been punctuation
+        return unicodedata.normalize("NFKC", shape(text))
 
     return clean
 
