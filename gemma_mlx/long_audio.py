@@ -6,7 +6,7 @@ import io
 import json
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import numpy as np
 from gemma_mlx import generation
 from gemma_mlx.data.blob import Embedded, Medium
 from gemma_mlx.data.examples import TRANSCRIBE, TRANSCRIBE_IN
-from gemma_mlx.data.media import audio_blocks
-from gemma_mlx.data.opening import told
+from gemma_mlx.data.media import audio_blocks, audio_samples
+from gemma_mlx.data.opening import as_medium, told
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.silence import EDGE_SECONDS, Stretch, stretches
 from gemma_mlx.data.turns import Audio, Example, Text, Turn
@@ -49,11 +49,14 @@ class Transcript:
         pieces: in order, disjoint; what is between them is silent, and the model did not hear it.
         seconds: of the clip.
         unfinished: the numbers of pieces whose answers were cut at the most tokens.
+        prompt_tokens, answer_tokens: of all pieces together.
     """
 
     pieces: tuple[Piece, ...]
     seconds: float
     unfinished: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -129,22 +132,63 @@ def transcribe(
         InputError: no audio tower, unreadable audio, `piece_seconds` below 1 or above what the model hears, or
             `edge_seconds` that are not 0 to 1.
     """
-    name, most = told(path, ""), _most_samples(processor, piece_seconds)
-    ask = _Asked(name, prompt or (TRANSCRIBE_IN.format(language=language) if language else TRANSCRIBE), system)
-    counted = _Counted(audio_blocks(path))
+    text = prompt or (TRANSCRIBE_IN.format(language=language) if language else TRANSCRIBE)
+    turns = [Turn("system", (Text(system),))] if system else []
+    example = Example((*turns, Turn("user", (Text(text), Audio(as_medium(path))))), task="transcript")
+    return answer_in_pieces(
+        model, processor, example, settings=settings, batch_size=batch_size, piece_seconds=piece_seconds,
+        edge_seconds=edge_seconds, on_piece=on_piece,
+    )  # fmt: skip
+
+
+def answer_in_pieces(
+    model: Any,
+    processor: Processor,
+    example: Example,
+    *,
+    settings: Settings | None = None,
+    batch_size: int = 8,
+    piece_seconds: float | None = None,
+    edge_seconds: tuple[float, float] = EDGE_SECONDS,
+    on_piece: Callable[[Piece], None] | None = None,
+) -> Transcript:
+    """The answers to a conversation about one clip, asked about each of its pieces; arguments as `transcribe`.
+
+    Raises:
+        InputError: the conversation's media are not one clip; and as `transcribe`.
+    """
+    clip, *others = example.media() or [None]
+    if others or not isinstance(clip, Audio):
+        raise InputError(f"{example.where or 'conversation'}: one clip alone is cut into pieces; leave other media out")
+    settings, most = settings or Settings(), _most_samples(processor, piece_seconds)
+    counted = _Counted(audio_blocks(clip.path, example.where))
     found: list[Piece] = []
     unfinished: list[int] = []
+    tokens = np.zeros(2, int)
     cut = stretches(counted, most, edge_seconds)
     while group := list(islice(cut, _BATCHES * batch_size)):
-        ready = dict(
-            generation.answers(model, processor, [ask.example(s) for s in group], settings or Settings(), batch_size)
-        )
+        ready = dict(generation.answers(model, processor, [_about(s, example) for s in group], settings, batch_size))
         for i, stretch in enumerate(group):
-            unfinished += [len(found)] if ready[i].finish == "length" else []
-            found.append(Piece(stretch.start / SAMPLE_RATE, stretch.end / SAMPLE_RATE, ready[i].text.strip()))
+            answer = ready[i]
+            tokens += answer.prompt_tokens, len(answer.ids)
+            unfinished += [len(found)] if answer.finish == "length" else []
+            found.append(Piece(stretch.start / SAMPLE_RATE, stretch.end / SAMPLE_RATE, answer.text.strip()))
             if on_piece is not None:
                 on_piece(found[-1])
-    return Transcript(tuple(found), counted.samples / SAMPLE_RATE, tuple(unfinished))
+    return Transcript(tuple(found), counted.samples / SAMPLE_RATE, tuple(unfinished), *tokens.tolist())
+
+
+def is_too_long(processor: Processor, example: Example) -> bool:
+    """Whether an example's media are one clip that is longer than the model hears.
+
+    Raises:
+        InputError: the clip cannot be read.
+    """
+    clip, *others = example.media() or [None]
+    audio = processor.spec.audio
+    if others or not isinstance(clip, Audio) or audio is None or audio.max_samples is None:
+        return False
+    return audio_samples(clip.path, example.where, "truncate", audio.max_samples + SAMPLE_RATE) > audio.max_samples
 
 
 def _most_samples(processor: Processor, piece_seconds: float | None) -> int:
@@ -173,19 +217,15 @@ class _Counted:
             yield block
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is said about each piece."""
-
-    name: str
-    prompt: str
-    system: str | None
-
-    def example(self, stretch: Stretch) -> Example:
-        where = f"{self.name} {stamp(stretch.start / SAMPLE_RATE)}"
-        turns = [Turn("system", (Text(self.system),))] if self.system else []
-        clip = Audio(Embedded(where, _wav(stretch.samples), ".wav"))
-        return Example((*turns, Turn("user", (Text(self.prompt), clip))), where, where, task="transcript")
+def _about(stretch: Stretch, example: Example) -> Example:
+    """The same conversation about a stretch of its clip."""
+    where = f"{told(example.media()[0].path, example.where)} at {stamp(stretch.start / SAMPLE_RATE)}"
+    clip = Audio(Embedded(where, _wav(stretch.samples), ".wav"))
+    turns = (
+        replace(turn, parts=tuple(clip if isinstance(part, Audio) else part for part in turn.parts))
+        for turn in example.turns
+    )
+    return replace(example, turns=tuple(turns), where=where)
 
 
 def _wav(samples: np.ndarray) -> bytes:

@@ -56,9 +56,16 @@ class JsonlTable:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Row:
-        where = f"{self.name}:{int(self._lines[index])}"
-        text = self._file.text(int(self._starts[index]), int(self._starts[index + 1]), where)
-        return _row(_parsed(text, where), where)
+        return _row(self.written(index), self.where(index))
+
+    def where(self, index: int) -> str:
+        """``train.jsonl:8``"""
+        return f"{self.name}:{int(self._lines[index])}"
+
+    def written(self, index: int) -> Any:
+        """A line's JSON as it is written: numbers as numbers, null as None."""
+        where = self.where(index)
+        return _parsed(self._file.text(int(self._starts[index]), int(self._starts[index + 1]), where), where)
 
     def fingerprint(self) -> str:
         """sha256 of the file."""
