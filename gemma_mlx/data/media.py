@@ -296,7 +296,7 @@ class _Clip:
             long = f"{seconds:.1f} s" if seconds >= self.limit_s + 0.1 else f"more than {self.limit_s} s"
             raise InputError(
                 f"{self.told}: over-long audio: {long}, the limit is {self.limit_s} s; cut the clip, or use "
-                f"its first {self.limit_s} s with --long-audio truncate"
+                f"its first {self.limit_s} s with --long-audio truncate; generate --long-audio split cuts it in pauses"
             )
 
 
