@@ -1,4 +1,4 @@
-"""The spine of an export: source -> a folder beside its place -> files of the format -> card -> manifest -> its place."""
+"""The spine of an export: source -> a folder beside its place -> the files -> card -> manifest -> its place."""
 
 from __future__ import annotations
 
