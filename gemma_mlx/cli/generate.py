@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gemma_mlx.cli.options import field_option, field_options, model_options
 from gemma_mlx.errors import InputError
@@ -273,6 +274,14 @@ def _answer_file(
 def _chat(settings: Any, options: dict[str, Any]) -> None:
     """A person on a terminal, or lines from a pipe."""
     from gemma_mlx.cli.chat import Chat
+    from gemma_mlx.lora import remembered_options
 
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    trained = remembered_options(options["adapter"], given)
+    names = ("audio_window", "quantize")
+    loaded = {name: options[name] if name in given else trained.get(name, options[name]) for name in names}
+    language = options["language"]
     model, processor, reading, _ = _loaded(options)
-    Chat(model, processor, settings, reading["prompts"]).run()
+    prompts = reading["prompts"]
+    Chat(model, processor, settings, prompts, given=given, language=language, loaded=loaded).run()
