@@ -23,7 +23,8 @@ _DECODER, _HEAD = "model.language_model.", "lm_head"
 
 def _spellings(path: str) -> Iterator[str]:
     """Names that a module may have in the model: as stored, in MLX's spelling, of a decoder beside towers and alone."""
-    for name in dict.fromkeys((path, module_path(path), module_path(path, unified=True))):
+    stored = f"{path}."  # as the beginning of a tensor's name
+    for name in dict.fromkeys((path, module_path(stored)[:-1], module_path(stored, unified=True)[:-1])):
         yield name
         yield f"{name}.linear"
         if name.startswith(_DECODER):
