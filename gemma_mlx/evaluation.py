@@ -91,14 +91,14 @@ def evaluate(
     asking = Asking(max_tokens, batch_size, without_media, likelihood)
     wanted = [*group_by, *([cluster_by] if cluster_by else [])]
     with _fetching(data, reading):
-        rated = read_rows(data, reading, wanted, limit, likelihood)
+        rated = read_rows(data, reading, wanted, limit, likelihood, language or "")
         earlier = earlier_answers(Path(compare), rated.examples) if compare and _is_file(compare) else []
         prompts = [processor.prompt(e, with_features=False).input_ids for e in rated.examples]
         answered = _Answered(processor, rated, asking, prompts, out, restart, progress, _passes(compare))
         predictions, digests = answered.by(model, FINISHED)
         about = _about(data, processor, rated, answered.identity, digests, asking)
         report = Report(
-            predictions, normalize, tuple(metrics), tuple(group_by), cluster_by, language,
+            predictions, normalize, tuple(metrics), tuple(group_by), cluster_by,
             *_other(model, compare, earlier, predictions, answered), about,
         )  # fmt: skip
         if out is not None:

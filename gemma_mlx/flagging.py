@@ -33,30 +33,26 @@ def check_limit(limit: float) -> None:
         raise InputError(f"--flag-bad-rows {limit:g}: expected a word error rate of 0 or more, such as 0.5")
 
 
-def flagged(
-    predictions: Iterable[Scored], limit: float, normalize: str = "basic", language: str | None = None
-) -> list[tuple[Scored, float]]:
+def flagged(predictions: Iterable[Scored], limit: float, normalize: str = "basic") -> list[tuple[Scored, float]]:
     """Transcripts whose word error rate exceeds `limit`, worst first, each with its rate.
 
     Args:
         predictions: rows of all tasks; those that are no transcripts are passed over.
         limit: 0.5 flags rows of which more than half the words differ.
-        normalize, language: as for `gemma_mlx.evaluation.evaluate`; a row's own language comes first.
+        normalize: as for `gemma_mlx.evaluation.evaluate`.
     """
     found = []
     for p in predictions:
         if p.task == "transcript":
-            own = getattr(p, "language", "") or language
-            clean = normalizer(normalize, own)
-            rate = metric("wer", own).score([clean(p.reference)], [clean(p.prediction)])
+            language = getattr(p, "language", "") or None
+            clean = normalizer(normalize, language)
+            rate = metric("wer", language).score([clean(p.reference)], [clean(p.prediction)])
             if rate > limit:
                 found.append((p, rate))
     return sorted(found, key=lambda pair: -pair[1])
 
 
-def flag_rows(
-    predictions: Sequence[Scored], limit: float, out: Path, normalize: str = "basic", language: str | None = None
-) -> str:
+def flag_rows(predictions: Sequence[Scored], limit: float, out: Path, normalize: str = "basic") -> str:
     """Write ``delete.csv`` into `out`, and say in a line what is in it.
 
     Its columns are ``id, wer, reference, prediction, where``. Rows without an id are listed with an empty one: a patch
@@ -66,7 +62,7 @@ def flag_rows(
         InputError: as `check_limit`.
     """
     check_limit(limit)
-    found = flagged(predictions, limit, normalize, language)
+    found = flagged(predictions, limit, normalize)
     text = io.StringIO(newline="")
     lines = csv.writer(text)
     lines.writerow(["id", "wer", "reference", "prediction", "where"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def command(data: str, out: Path | None, flag_bad_rows: float | None, no_page: b
         if out:
             click.echo(f"stopped; the same command goes on where it was (finished rows are in {out})", err=True)
         raise
-    show(report, Console(width=min(Console().width, 100)))
+    show(report, Console(width=min(Console().width, 100) if sys.stdout.isatty() else 100))
     if out:
         click.echo(f"predictions: {out / PREDICTIONS}" + ("" if no_page else f"   to look at: {out / PAGE}"))
     if out and flag_bad_rows is not None:
-        click.echo(flag_rows(report.predictions, flag_bad_rows, out, options["normalize"], options["language"]))
+        click.echo(flag_rows(report.predictions, flag_bad_rows, out, options["normalize"]))

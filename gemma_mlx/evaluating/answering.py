@@ -1,4 +1,4 @@
-"""Answers to all rows, batch by batch, each batch finished in the ledger."""
+"""Answers to all rows, chunk by chunk, each chunk finished in the ledger."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from gemma_mlx.models.media import MEDIA
 from gemma_mlx.sampling import Settings
 
 GREY = 0.5
+CHUNK = 4
+"""Batches that are finished together: the next rows can take the place of short answers within them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Asking:
 
 
 def batches_of(lengths: list[int], size: int) -> list[list[int]]:
-    """Row numbers of each batch: rows of similar length together, the longest first. Depends on nothing else."""
+    """Row numbers of each chunk: rows of similar length together, the longest first. Depends on nothing else."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -55,14 +57,14 @@ def answer_all(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:  # fmt: skip
     """A record of every row, in order: ``i``, ``text``, ``finish`` ("stop" or "length"), ``seconds`` (of its clips),
-    and with likelihoods ``nll``, ``labels``, ``correct``. Batches that the ledger holds are not answered again.
+    and with likelihoods ``nll``, ``labels``, ``correct``. Chunks that the ledger holds are not answered again.
 
     Args:
         lengths: tokens of each row's prompt.
         ledger: has ``finished`` and ``add``, as `gemma_mlx.evaluating.ledger.Ledger`.
-        progress: called with (done, all) after each batch.
+        progress: called with (done, all) after each chunk.
     """
-    for chosen in batches_of(lengths, asking.batch_size):
+    for chosen in batches_of(lengths, CHUNK * asking.batch_size):
         if not all(i in ledger.finished for i in chosen):
             ledger.add([{"i": i, **found} for i, found in zip(
                 chosen, _answered(model, processor, [examples[i] for i in chosen], asking), strict=True
@@ -73,13 +75,16 @@ def answer_all(
 
 
 def _answered(model: Any, processor: Processor, examples: list[Example], asking: Asking) -> Iterator[Record]:
-    """What is found of each row of one batch."""
+    """What is found of each row of a chunk."""
     records: list[Record] = [{} for _ in examples]
     asked = [i for i, example in enumerate(examples) if not example.completion]
     for i, (text, finish) in zip(asked, _said(model, processor, [examples[i] for i in asked], asking), strict=True):
         records[i] |= {"text": text, "finish": finish}
     if asking.likelihood:
-        sums = row_likelihoods(model, _batch(processor, samples_of(processor, examples), asking))
+        sums = np.concatenate([
+            row_likelihoods(model, _batch(processor, samples_of(processor, part), asking))
+            for part in _parts(examples, asking.batch_size)
+        ])  # fmt: skip
         for record, (nll, labels, correct) in zip(records, sums.tolist(), strict=True):
             record |= {"nll": nll, "labels": int(labels), "correct": int(correct)}
     for record, example in zip(records, examples, strict=True):
@@ -91,12 +96,18 @@ def _said(model: Any, processor: Processor, examples: list[Example], asking: Ask
     if not examples:
         return []
     if not asking.without_media:
-        found = dict(answers(model, processor, examples, Settings(asking.max_tokens), len(examples)))
+        found = dict(answers(model, processor, examples, Settings(asking.max_tokens), asking.batch_size))
         return [(found[i].text, found[i].finish) for i in range(len(examples))]
-    batch = _batch(processor, [processor.prompt(example) for example in examples], asking)
-    sampler = suppressing(greedy, processor.suppressed_ids)
-    ids = answer_ids(model, batch, processor.eos_ids, asking.max_tokens, sampler)
-    return [(processor.decode(row), "length" if len(row) >= asking.max_tokens else "stop") for row in ids]
+    sampler, said = suppressing(greedy, processor.suppressed_ids), []
+    for part in _parts(examples, asking.batch_size):
+        batch = _batch(processor, [processor.prompt(example) for example in part], asking)
+        for ids in answer_ids(model, batch, processor.eos_ids, asking.max_tokens, sampler):
+            said.append((processor.decode(ids), "length" if len(ids) >= asking.max_tokens else "stop"))
+    return said
+
+
+def _parts(examples: list[Example], size: int) -> list[list[Example]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def _batch(processor: Processor, samples: list[Any], asking: Asking) -> Batch:

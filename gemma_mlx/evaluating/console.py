@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def change(m: Measured, difference: float) -> str:
 
 def of_group(m: Measured, interval: Interval) -> str:
     """A score with its interval in brackets, in short."""
-    around = told(m, interval)
+    around = told(m, interval).replace("%", "").replace(" to ", "–")
     return f"{m.tell(m.value)} ({around})" if around else m.tell(m.value)
 
 
@@ -79,12 +80,17 @@ def _parts(report: Report) -> Iterator[Any]:
 
 def _grid(title: str, *columns: str) -> Any:
     """A table whose first column is words and whose others are figures."""
+    table = _table(title)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+    return table
+
+
+def _table(title: str, **options: Any) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
-    return table
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, **options)
 
 
 def _summary(report: Report) -> Any:
@@ -121,15 +127,13 @@ def _groups(report: Report, by: str, groups: list[Group]) -> Any:
 
 
 def _rows(report: Report, title: str, rows: Any) -> Any:
-    from rich.table import Table
-
     names = ["row", "reference", "model"] + ([] if report.other is None else [report.other_name])
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, show_lines=len(names) > 3)
+    table = _table(title, show_lines=len(names) > 3)
     for name in names:
         table.add_column(name, overflow="fold")
     for i in rows:
         p = report.predictions[i]
-        line = [p.row_id, _cut(p.reference), _cut(p.prediction)]
+        line = [PurePath(p.row_id).name, _cut(p.reference), _cut(p.prediction)]
         table.add_row(*_escaped(line + ([_cut(report.other[i].prediction)] if report.other is not None else [])))
     return table
 

@@ -1,8 +1,8 @@
 """Which rows are answered: a file that only grows, so that a killed evaluation goes on where it was.
 
-The first line says what the answers depend on, each further line holds one finished batch: rows of a batch are
-finished together or not at all, so that what is left is always whole batches, the same ones that an uninterrupted
-evaluation would have made.
+The first line says what the answers depend on, each further line holds one finished chunk of rows: they are finished
+together or not at all, so that what is left is always whole chunks, the same ones that an uninterrupted evaluation
+would have made.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class InMemory:
     def __init__(self) -> None:
         self.finished: dict[int, Record] = {}
 
-    def add(self, batch: Sequence[Record]) -> None:
-        """Keep a finished batch."""
-        self.finished.update((record["i"], record) for record in batch)
+    def add(self, chunk: Sequence[Record]) -> None:
+        """Keep a finished chunk."""
+        self.finished.update((record["i"], record) for record in chunk)
 
 
 class Ledger(InMemory):
@@ -43,12 +43,12 @@ class Ledger(InMemory):
     def __init__(self, file: Any, finished: dict[int, Record]):
         self._file, self.finished = file, finished
 
-    def add(self, batch: Sequence[Record]) -> None:
-        """Write a finished batch to the disk as one line."""
-        self._file.write(json.dumps(batch, ensure_ascii=False).encode() + b"\n")
+    def add(self, chunk: Sequence[Record]) -> None:
+        """Write a finished chunk to the disk as one line."""
+        self._file.write(json.dumps(chunk, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        super().add(batch)
+        super().add(chunk)
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def opened(path: Path, identity: Mapping[str, str], restart: bool = False) -> It
 
 
 def _read(path: Path, file: Any, identity: dict[str, str]) -> tuple[int, dict[int, Record]]:
-    """(bytes of whole lines, finished rows); the last line may be torn, then its batch is not finished."""
+    """(bytes of whole lines, finished rows); the last line may be torn, then its chunk is not finished."""
     file.seek(0)
     head = file.readline()
     if not head.endswith(b"\n"):

@@ -13,7 +13,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.evaluating.prediction import Prediction
 from gemma_mlx.normalizers import normalizer
 from gemma_mlx.resampling import Interval, bootstrap
-from gemma_mlx.scoring import METRICS, metric
+from gemma_mlx.scoring import METRICS, Metric, metric
 
 OF_TASK = {"transcript": ("wer", "cer"), "answer": ("exact_match", "f1", "anls")}
 """Task -> what its rows are measured by, unless metrics are named."""
@@ -77,16 +77,13 @@ def check_metrics(names: Sequence[str]) -> None:
             raise InputError(f"--metrics {name}: unknown; {hint or 'known: ' + ', '.join(METRICS)}")
 
 
-def measure(
-    predictions: Sequence[Prediction], normalize: str, names: Sequence[str] = (), language: str | None = None
-) -> list[Measured]:
+def measure(predictions: Sequence[Prediction], normalize: str, names: Sequence[str] = ()) -> list[Measured]:
     """Every metric that has rows.
 
     Args:
         predictions: of all tasks.
         normalize: see `gemma_mlx.normalizers.normalizer`; each row is normalised in its own language.
         names: metrics over all rows that were answered; by default those of `OF_TASK`, each over the rows of its task.
-        language: of rows that name none.
 
     Raises:
         InputError: an unknown metric or normaliser.
@@ -94,31 +91,26 @@ def measure(
     check_metrics(names)
     normalizer(normalize)
     tasks = {name: tuple(OF_TASK) for name in names} or {n: (task,) for task, ns in OF_TASK.items() for n in ns}
-    found = [_measured(name, predictions, of, normalize, language) for name, of in tasks.items()]
+    found = [_measured(name, predictions, of, normalize) for name, of in tasks.items()]
     return [m for m in [*found, *_likelihoods(predictions)] if len(m.rows)]
 
 
-def _measured(
-    name: str, predictions: Sequence[Prediction], tasks: tuple[str, ...], normalize: str, language: str | None
-) -> Measured:
+def _measured(name: str, predictions: Sequence[Prediction], tasks: Sequence[str], normalize: str) -> Measured:
     rows = [i for i, p in enumerate(predictions) if p.task in tasks]
-    kinds = {p.language or language for p in (predictions[i] for i in rows)}
-    metrics = {kind: metric(name, kind) for kind in kinds}
-    plain = METRICS[name]
-    stats = [_counts(metrics[p.language or language], p, normalize, p.language or language) for p in (
-        predictions[i] for i in rows
-    )]  # fmt: skip
-    signatures = sorted({m.signature for m in metrics.values()} - {""})
+    used = {p.language: metric(name, p.language or None) for p in (predictions[i] for i in rows)}
+    stats = [_counts(used[predictions[i].language], predictions[i], normalize) for i in rows]
+    signatures = sorted({m.signature for m in used.values()} - {""})
+    m = METRICS[name]
     return Measured(
-        name, plain.title, plain.higher_is_better, plain.points, plain.corpus, plain.text, np.array(rows, np.int64),
+        name, m.title, m.higher_is_better, m.points, m.corpus, m.text, np.array(rows, np.int64),
         np.array(stats, np.float64), "; ".join(signatures),
     )  # fmt: skip
 
 
-def _counts(counted: object, p: Prediction, normalize: str, language: str | None) -> np.ndarray:
+def _counts(counted: Metric, p: Prediction, normalize: str) -> np.ndarray:
     if not counted.normalized:
         return counted.row(p.reference, p.prediction)
-    clean = normalizer(normalize, language)
+    clean = normalizer(normalize, p.language or None)
     return counted.row(clean(p.reference), clean(p.prediction))
 
 

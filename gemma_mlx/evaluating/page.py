@@ -189,12 +189,11 @@ def _texts(report: Report, i: int) -> str:
     p = report.predictions[i]
     if p.task == "text":
         return _line("text", escape(p.reference))
-    language = p.language or report.language
-    clean = normalizer(report.normalize, language)
-    wanted, said = coloured(p.reference, p.prediction, clean, language)
+    clean = normalizer(report.normalize, p.language or None)
+    wanted, said = coloured(p.reference, p.prediction, clean, p.language or None)
     lines = [_line("reference", _marked(wanted)), _line("model", _marked(said))]
     if report.other is not None:
-        other = coloured(p.reference, report.other[i].prediction, clean, language)[1]
+        other = coloured(p.reference, report.other[i].prediction, clean, p.language or None)[1]
         lines.append(_line(report.other_name, _marked(other)))
     return "".join(lines)
 

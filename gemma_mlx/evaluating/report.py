@@ -34,7 +34,7 @@ class Report:
 
     Attributes:
         predictions: of the model.
-        normalize, metrics, language: see `gemma_mlx.evaluating.measuring.measure`.
+        normalize, metrics: see `gemma_mlx.evaluating.measuring.measure`.
         group_by: see `gemma_mlx.grouping.breakdown`.
         cluster_by: rows of one value of this column are drawn together in intervals and tests: speakers, recordings.
         other: predictions for the same rows that these are compared with, or None.
@@ -47,7 +47,6 @@ class Report:
     metrics: tuple[str, ...] = ()
     group_by: tuple[str, ...] = ()
     cluster_by: str | None = None
-    language: str | None = None
     other: tuple[Prediction, ...] | None = None
     other_name: str = "base"
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +54,7 @@ class Report:
     @cached_property
     def measured(self) -> list[Measured]:
         """The metrics of the predictions."""
-        return measure(self.predictions, self.normalize, self.metrics, self.language)
+        return measure(self.predictions, self.normalize, self.metrics)
 
     @cached_property
     def scores(self) -> dict[str, float | int]:
@@ -86,7 +85,7 @@ class Report:
     @cached_property
     def measured_other(self) -> list[Measured]:
         """The metrics of what the predictions are compared with."""
-        return [] if self.other is None else measure(self.other, self.normalize, self.metrics, self.language)
+        return [] if self.other is None else measure(self.other, self.normalize, self.metrics)
 
     @cached_property
     def compared(self) -> list[Compared]:

@@ -25,7 +25,7 @@ class Known:
     """What is known of a row beside its conversation.
 
     Attributes:
-        language: the cell ``language``, as written; "" where there is none.
+        language: the cell ``language``, as written, or the one given for rows without; "" where there is none.
         source: the cell ``source``, else the table's name without its folders.
         cells: other columns that were asked for.
     """
@@ -50,8 +50,9 @@ def read_rows(
     data: str | Path | Sequence[Example],
     reading: Mapping[str, Any],
     by: Collection[str],
-    limit: int | None,
-    texts: bool,
+    limit: int | None = None,
+    texts: bool = False,
+    language: str = "",
 ) -> Rated:
     """Rows of a file or examples.
 
@@ -61,6 +62,7 @@ def read_rows(
         by: what they shall be grouped by: of `KNOWN`, or columns of the data.
         limit: only the first so many.
         texts: whether rows of mere text are let in.
+        language: of rows that name none.
 
     Raises:
         InputError: bad rows, rows without a reference, or no such column.
@@ -68,13 +70,13 @@ def read_rows(
     if not isinstance(data, str | Path):
         examples = list(data)[:limit]
         _check_columns(by, [])
-        known = [Known()] * len(examples)
+        known = [Known(language)] * len(examples)
     else:
         rows = Rows(data, **reading)
         examples = read_examples(rows)[:limit]
         cells = [rows.cells(i) for i in range(len(examples))]
         _check_columns(by, list(dict.fromkeys(name for _, row in cells for name in row)))
-        known = [_known(table, row, by) for table, row in cells]
+        known = [_known(table, row, by, language) for table, row in cells]
     if not examples:
         raise InputError("no rows to evaluate")
     for example in examples:
@@ -98,12 +100,12 @@ def _check_columns(asked: Collection[str], there: Sequence[str]) -> None:
             raise InputError(f"--group-by {name}: no such column; {hint}")
 
 
-def _known(table: str, row: Mapping[str, Any], by: Collection[str]) -> Known:
+def _known(table: str, row: Mapping[str, Any], by: Collection[str], language: str) -> Known:
     def text(name: str) -> str:
         return "" if row.get(name) is None else str(row[name]).strip()
 
     own = {name: text(name) for name in by if name not in KNOWN}
-    return Known(text("language"), text("source") or Path(table).name, own)
+    return Known(text("language") or language, text("source") or Path(table).name, own)
 
 
 def seconds_of(example: Example, processor: Any) -> float | None:
