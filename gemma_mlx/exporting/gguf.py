@@ -103,7 +103,7 @@ def _converted(
     source: Source, folder: Path, options: ExportOptions, spec: ModelSpec, file: Path, kind: str
 ) -> tuple[list[str], Path | None]:
     """Merge into a checkpoint that is thrown away, and have it converted; (lines, the towers' file)."""
-    count = Reporter(options.quiet).counter
+    say = Reporter(options.quiet)
     towers = folder / f"mmproj-{file.name}" if options.mmproj and has_towers(spec.config) else None
     with tempfile.TemporaryDirectory(prefix=".tree-", dir=folder.parent) as temporary:
         tree = Path(temporary)
