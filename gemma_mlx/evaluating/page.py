@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from gemma_mlx.alignment import Word, coloured
 from gemma_mlx.data.examples import Example
-from gemma_mlx.evaluating.console import change, of_group, remarks, told
+from gemma_mlx.evaluating import console
+from gemma_mlx.evaluating.console import of_group, remarks, told
 from gemma_mlx.evaluating.measuring import row_errors
 from gemma_mlx.evaluating.page_media import EMBEDDED, FOLDER, Shelf
 from gemma_mlx.evaluating.report import PAGE, Report
@@ -132,8 +134,8 @@ def _scores(report: Report) -> str:
         line = [m.title, f"{len(m.rows):,}", m.tell(m.value), told(m, report.intervals[m.name])]
         if c := both.get(m.name):
             test = c.paired
-            around = "" if np.isnan(test.low) else f"{change(m, test.low)} to {change(m, test.high)}"
-            line += [m.tell(c.other.value), change(m, test.difference), around]
+            around = "" if np.isnan(test.low) else f"{console.change(m, test.low)} to {console.change(m, test.high)}"
+            line += [m.tell(c.other.value), console.change(m, test.difference), around]
             line += [f"{test.p_value:.4f}", f"{len(c.better):,}", f"{len(c.worse):,}"]
         lines.append(line)
     return _figures(heads, lines)
@@ -162,26 +164,28 @@ def _heads(report: Report) -> str:
 
 def _row(report: Report, example: Example, i: int, other_error: float, shelf: Shelf | None) -> str:
     p, error = report.predictions[i], report.errors[i]
-    gain = other_error - error if report.other is not None else float("nan")
+    change = error - other_error if report.other is not None else math.nan
     kinds = [
         name for name, is_so in (
-            ("wrong", error > 0), ("right", error == 0), ("cut", p.finish == "length"), ("better", gain > 0),
-            ("worse", gain < 0),
+            ("wrong", error > 0), ("right", error == 0), ("cut", p.finish == "length"), ("better", change < 0),
+            ("worse", change > 0),
         ) if is_so
     ]  # fmt: skip
     cells = [_number(error)]
     if report.other is not None:
-        cells.append(_number(-gain))
+        cells.append(_number(change, "+.3f"))
     cells.append(f'<td data-value="{len(p.reference)}">{_texts(report, i)}</td>')
-    cells.append(_number(float("nan") if p.seconds is None else p.seconds, 1))
-    cells.append(f'<td class="quiet" data-value="{escape(p.row_id)}" dir="auto">{_facts(report, i)}</td>')
+    cells.append(_number(math.nan if p.seconds is None else p.seconds, ".1f"))
+    cells.append(
+        f'<td class="quiet" data-value="{escape(p.row_id)}" title="{escape(p.where)}">{_facts(report, i)}</td>'
+    )
     cells.append(_media(example, shelf))
     return f'<tr data-kinds="{" ".join(kinds)}">{"".join(cells)}</tr>'
 
 
-def _number(value: float, digits: int = 3) -> str:
-    known = not np.isnan(value)
-    return f'<td class="number" data-value="{value if known else ""}">{f"{value:.{digits}f}" if known else ""}</td>'
+def _number(value: float, form: str = ".3f") -> str:
+    known, told_as = (value, format(value, form)) if not math.isnan(value) else ("", "")
+    return f'<td class="number" data-value="{known}">{told_as}</td>'
 
 
 def _texts(report: Report, i: int) -> str:
@@ -199,7 +203,8 @@ def _texts(report: Report, i: int) -> str:
 
 
 def _line(label: str, marked: str) -> str:
-    return f'<div class="words" dir="auto"><span class="label">{escape(label)}</span> {marked}</div>'
+    name = f'<span class="label">{escape(label)}</span>'
+    return f'<div class="line">{name}<span class="words" dir="auto">{marked}</span></div>'
 
 
 def _marked(words: Sequence[Word]) -> str:
@@ -217,11 +222,13 @@ def _marked(words: Sequence[Word]) -> str:
 
 
 def _facts(report: Report, i: int) -> str:
+    """The row's name, file and line, and what it is grouped by, each on a line of its own direction."""
     p = report.predictions[i]
-    where = "" if p.where == p.row_id else p.where
+    where = PurePath(p.where).name
+    named = "" if p.row_id == p.where else p.row_id
     cut = "cut off" if p.finish == "length" else ""
-    facts = [p.row_id, where, p.language, "" if p.source in p.where else p.source, cut, *p.cells.values()]
-    return "<br>".join(escape(fact) for fact in facts if fact)
+    facts = [named, where, p.language, "" if p.source in where else p.source, cut, *p.cells.values()]
+    return "".join(f'<div dir="auto">{escape(fact)}</div>' for fact in facts if fact)
 
 
 def _media(example: Example, shelf: Shelf | None) -> str:

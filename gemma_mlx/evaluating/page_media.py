@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Shelf:
         for part in example.media():
             try:
                 for tag, kind, suffix, data in _encoded(part, example.where, self.processor):
-                    found.append((tag, self._put(kind, suffix, data), described(part.path)))
+                    found.append((tag, self._put(kind, suffix, data), PurePath(described(part.path)).name))
             except (InputError, OSError) as error:
                 found.append(("none", "", str(error)))
         return found
