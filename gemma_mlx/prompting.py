@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gemma_mlx import generation
-from gemma_mlx.data.examples import DESCRIBE, DESCRIBE_VIDEO, TRANSCRIBE, TRANSCRIBE_IN, Prompts, RowReader
+from gemma_mlx.data.examples import DESCRIBE, DESCRIBE_VIDEO, MEDIA, TRANSCRIBE, TRANSCRIBE_IN, Prompts, RowReader
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.jsonl import JsonlTable
+from gemma_mlx.data.sources.table import Row
 from gemma_mlx.data.turns import Audio, Example, Image, Text, Turn, Video
+from gemma_mlx.data.values import filled
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import flush, write_whole
 from gemma_mlx.long_audio import Transcript, answer_in_pieces, is_too_long
@@ -113,12 +115,22 @@ class PromptFile:
 
     def example(self, index: int) -> Example:
         """The conversation of a line; a last turn of the model's is what it would be compared with, and left out."""
-        example = self._reader.example(self.table[index])
+        example = self._reader.example(_named(self.table[index]))
         if example.completion:
             raise InputError(f"{example.where}: nothing to answer: a text alone; write it as a prompt")
         if all(turn.role in ("system", "model") for turn in example.turns):
             raise InputError(f"{example.where}: nothing to answer: the user says nothing; add a user message")
         return example
+
+
+def _named(row: Row) -> Row:
+    """The row with files in ``image``, ``audio`` and the like as in ``image_path``: in a prompt they are meant."""
+    values = dict(row.values)
+    for path, *names in MEDIA.values():
+        given = [name for name in names if filled(values.get(name))]
+        if len(given) == 1 and not filled(values.get(path)):
+            values[path] = values.pop(given[0])
+    return replace(row, values=values)
 
 
 @dataclass(frozen=True)
