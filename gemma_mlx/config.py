@@ -146,6 +146,11 @@ class TrainConfig:
     )  # fmt: skip
     allow_unexpected: bool = option(False, "flag", "model", "Ignore checkpoint tensors that the model does not have.")
 
+    init_adapter: str | None = option(
+        None, "text", "adapter",
+        "Go on training this adapter (a run's, PEFT's, mlx-lm's or mlx-vlm's folder, or a Hub id); its rank, alpha, "
+        "targets and kind hold.",
+    )  # fmt: skip
     targets: str = option(
         "decoder", "text", "adapter",
         "Layers that get an adapter: names (q_proj, audio.q_proj) or groups (decoder, vision, audio, embedders, all), "
@@ -272,6 +277,11 @@ class TrainConfig:
             raise InputError(f"min_lr: expected at most lr ({self.lr:g}), got {self.min_lr:g}")
 
     @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that the user gave, or that a resumed run has, where `configure` made this."""
+        return self.__dict__.get("_given", frozenset())
+
+    @property
     def adapter_alpha(self) -> float:
         """Alpha with its default filled in."""
         return float(self.rank) if self.alpha is None else self.alpha
@@ -305,7 +315,11 @@ def configure(values: Mapping[str, Any], labels: Mapping[str, str] | None = None
         checked[name] = convert(FIELDS[name], value, labels.get(name, name))
     if checked.get("resume"):
         checked = _resumed(checked, labels)
-    return TrainConfig(**checked)
+    config = TrainConfig(**checked)
+    object.__setattr__(
+        config, "_given", frozenset(checked)
+    )  # no option: it is not written, and two runs do not differ by it
+    return config
 
 
 def _resumed(given: dict[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def fitted(
 def estimate_run(model: Any, given: bool, rows: Dataset, valid: Dataset | None, config: TrainConfig) -> Estimate:
     """The estimate of a run's largest batch, for a lazy model whose weights stay unread."""
     bare = skeleton_of(model, None if given else config.quantize)
-    make_trainable(bare, config)
+    make_trainable(bare, config, bare=True)
     weight = media_weights(bare)
     batches = int(total_steps(config, plan_of(config, rows)) * config.accumulate)
     return estimate(

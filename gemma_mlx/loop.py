@@ -21,7 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx import checkpoint, machine
-from gemma_mlx.config import CONFIG_FILE, NO_MASTERS, REMEMBERED, TrainConfig, configure
+from gemma_mlx.adapters.start import adopted, first_weights
+from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.buckets import MOST_VALID
 from gemma_mlx.data.dataset import Dataset
@@ -32,7 +33,6 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.estimate import Estimate
 from gemma_mlx.files import flush, write_whole
 from gemma_mlx.fit import fitted
-from gemma_mlx.full import trained_parameters
 from gemma_mlx.lora import save_adapter
 from gemma_mlx.models.load import check_finite, load_model, resolve
 from gemma_mlx.models.quantize import quantize_model
@@ -144,8 +144,11 @@ def train(config: TrainConfig, model: Any = None, processor: Processor | None = 
     given = model is not None
     if not given:
         source = resolve(config.model)
+        config = adopted(config, source)
         model = load_model(source, config.dtype, config.allow_unexpected, config.audio_window)
         processor = Processor(source, model.spec)
+    else:
+        config = adopted(config, processor.folder)
     processor = with_options(processor, config)
     with fetcher_of(config) as fetcher:
         return _run(config, folder, model, given, processor, fetcher, say)
@@ -209,7 +212,7 @@ class Job:
             recompute=config.checkpoint_layers, optimizer=OPTIMIZERS[config.optimizer],
             towers=open_store(config.tower_cache, config.tower_cache_gb, config.tower_cache_dir),
         )  # fmt: skip
-        self.weights: Weights = trained_parameters(model, masters=config.master_weights != NO_MASTERS)
+        self.weights: Weights = first_weights(model, config)
         self.moments = self.step.optimizer.init(self.weights)
         self.pad_id = processor.pad_id
         self.rows, plan = rows, plan_of(config, rows)

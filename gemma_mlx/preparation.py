@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from gemma_mlx import machine
+from gemma_mlx.adapters.start import begin
 from gemma_mlx.config import NO_MASTERS, NO_TARGETS, TrainConfig
 from gemma_mlx.data.buckets import MOST, Buckets, choose_buckets
 from gemma_mlx.data.dataset import CACHE_BYTES, Dataset, Survey
@@ -132,9 +133,14 @@ def in_order(config: TrainConfig, rows: Dataset | Survey) -> Plan:
     return Shuffled(rows.walk(config.seed, False), config.batch_size)
 
 
-def make_trainable(model: Any, config: TrainConfig) -> str:
-    """Put adapters on the targets and unfreeze the modules that train in full; what was done, in words."""
+def make_trainable(model: Any, config: TrainConfig, bare: bool = False) -> str:
+    """Put adapters on the targets and unfreeze the modules that train in full; what was done, in words.
+
+    ``bare``: the model's weights were never made (`gemma_mlx.skeleton`).
+    """
     refuse_trained(model)
+    if config.init_adapter:
+        return begin(model, config, bare)
     done = []
     if config.targets == NO_TARGETS:
         freeze_base(model)

@@ -34,6 +34,8 @@ class Attached:
     names: tuple[str, ...] = ()
     originals: dict[str, mx.array] = field(default_factory=dict)
     """Tensor name -> the base's weight, of modules that were trained in full."""
+    exact: dict[str, mx.array] = field(default_factory=dict)
+    """Tensor name -> the adapter's weight as its file has it, of these modules; for training that goes on."""
     changes: int = 0
     """How often adapters were put on or taken off: what was computed before (keys and values) is of another model."""
 
@@ -72,22 +74,26 @@ def attach(model: nn.Module, folders: Names, weights: Sequence[float] | None = N
     return put(model, [read_adapter(name) for name in names], weights)
 
 
-def put(model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> list[str]:
-    """`attach` with adapters that were read already."""
+def put(
+    model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, compare: bool = True
+) -> list[str]:  # fmt: skip
+    """`attach` with adapters that were read already; `compare` as for `fit`."""
     on = [*lora_layers(model), *(name.rpartition(".")[0] for name in attached(model).originals)]
     if taken := next(iter(on), None):
         raise InputError(f"{taken}: this layer already has an adapter; detach it, or load the base model again")
     weights = checked_weights(weights, len(adapters))
-    fitted = [fit(adapter, model) for adapter in adapters]
+    fitted = [fit(adapter, model, compare) for adapter in adapters]
     originals = {name: _tensor(model, name) for adapter in fitted for name in adapter.full}
     whole = combine(fitted, weights, originals)
-    mx.eval([(layer.a, layer.b) for layer in whole.layers.values()], list(whole.full.values()))  # the files may go
-    for path, layer in whole.layers.items():
-        put_module(model, path, adapted(module_at(model, path), layer, whole.dropout))
+    made = {path: adapted(module_at(model, path), layer, whole.dropout) for path, layer in whole.layers.items()}
+    mx.eval([layer[name] for layer in made.values() for name in layer.TENSORS], list(whole.full.values()))  # files go
+    for path, layer in made.items():
+        put_module(model, path, layer)
     freeze_base(model)
     put_full(model, whole.modules, whole.full)
     state = attached(model)
     state.names, state.originals = tuple(str(adapter.where.parent) for adapter in adapters), originals
+    state.exact = dict(whole.full)
     state.changes += 1
     return list(whole.layers)
 
@@ -121,7 +127,7 @@ def detach(model: nn.Module) -> None:
         owner, _, leaf = name.rpartition(".")
         module_at(model, owner)[leaf] = tensor
     model.freeze()
-    state.names, state.originals = (), {}
+    state.names, state.originals, state.exact = (), {}, {}
     state.changes += 1
 
 

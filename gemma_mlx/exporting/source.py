@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from gemma_mlx import checkpoint
 from gemma_mlx.adapters.reading import find_adapter, read_adapter
+from gemma_mlx.adapters.start import scales_of
+from gemma_mlx.adapters.writing import own_config, write_files
 from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure, read_yaml
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.options import Source
-from gemma_mlx.lora import ADAPTER_CONFIG, ADAPTER_FORMAT, ADAPTER_WEIGHTS, remembered_options
+from gemma_mlx.lora import ADAPTER_CONFIG, ADAPTER_FORMAT, remembered_options
 from gemma_mlx.models.load import resolve
 from gemma_mlx.plots import read_metrics
 
@@ -111,7 +111,7 @@ def _of_run(run: Path, model: str | Path | None, revision: str | None, step: int
         return Source(base, name, revision, run / ADAPTER, run, taken, remembered_options(run / ADAPTER), told)
     snapshot, warnings = _checkpoint(run, step)
     kept = tempfile.TemporaryDirectory(prefix="gemma-mlx-adapter-")
-    as_adapter(snapshot, config, Path(kept.name))
+    as_adapter(snapshot, config, Path(kept.name), scales_of(config, base))
     told = (*warnings, f"{run}: checkpoint of step {snapshot.step}{'' if step else ', the newest whole one'}")
     adapter = Path(kept.name)
     return Source(base, name, revision, adapter, run, snapshot.step, remembered_options(adapter), told, kept)
@@ -160,13 +160,16 @@ def _checkpoint(run: Path, step: int | None) -> tuple[checkpoint.Snapshot, list[
         raise InputError(f"step {step}: {damage}; choose another checkpoint") from None
 
 
-def as_adapter(snapshot: checkpoint.Snapshot, config: TrainConfig, folder: Path) -> None:
+def as_adapter(
+    snapshot: checkpoint.Snapshot, config: TrainConfig, folder: Path, scales: Mapping[str, float] | None = None
+) -> None:  # fmt: skip
     """Write a checkpoint's trained weights as an adapter's folder.
 
     Args:
         snapshot: the checkpoint.
         config: of its run.
         folder: exists; gets the two files.
+        scales: path -> scale of layers whose scale is not the run's alpha / rank.
     """
     weights = snapshot.weights
     layers = {name.rpartition(".")[0]: None for name in weights if name.endswith(".lora_a")}
@@ -177,15 +180,8 @@ def as_adapter(snapshot: checkpoint.Snapshot, config: TrainConfig, folder: Path)
     mine: dict[str, Any] = {
         "format": ADAPTER_FORMAT, "base_model": config.model, "targets": config.targets, "options": remembered,
     }  # fmt: skip
-    content = {"fine_tune_type": "full", "num_layers": -1, "model": config.model, "gemma_mlx": mine}
-    if layers:
-        scale = config.adapter_alpha / config.rank
-        content["fine_tune_type"] = "dora" if lengths else "lora"
-        content["lora_parameters"] = {
-            "rank": config.rank, "scale": scale, "dropout": config.dropout, "keys": list(layers),
-        }  # fmt: skip
-        mine["alpha"] = config.adapter_alpha
-    if modules:
-        content["modules_to_save"] = modules
-    mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), dict(weights), metadata={"format": "mlx"})
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    ranks = {path: weights[f"{path}.lora_a"].shape[1] for path in layers}
+    common = config.adapter_alpha / config.rank
+    own_scales = {path: (scales or {}).get(path, common) for path in layers}
+    content = own_config(ranks, own_scales, config.dropout, lengths, modules, mine)
+    write_files(folder, weights, content)
