@@ -182,7 +182,7 @@ class Chat:
             if folder and option in options and options[option] != value:
                 flag = option.replace("_", "-")
                 _tell(f"note: it was trained with {option} {options[option]}, this base has {value}; see --{flag}")
-        _tell("the base alone" if folder is None else f"adapter {name}")
+        _tell("the base alone" if folder is None else f"adapter {folder}")
 
     def _set_system(self, text: str) -> None:
         self._own_system = text
