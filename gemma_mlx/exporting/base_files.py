@@ -46,16 +46,18 @@ def write_base_files(base: Path, folder: Path) -> None:
 
 def _from_gguf(base: Path, folder: Path) -> None:
     """The tokenizer as transformers loads it, the template, and the ids that end generation."""
-    gguf_file.tokenizer(base).save(str(folder / TOKENIZER))
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer = Tokenizer(base, read_spec(base))
     text = tokenizer.spec.text
     names = {"bos_token": text.bos_token_id, "eos_token": tokenizer.eos_id, "pad_token": text.pad_token_id}
     special = {name: found for name, i in names.items() if (found := tokenizer.text_of(i))}
     special |= {"unk_token": "<unk>"} if tokenizer.id_of("<unk>") is not None else {}
-    settings = {
-        "tokenizer_class": "GemmaTokenizerFast", "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, **special,
-    }  # fmt: skip
+    made = gguf_file.tokenizer(base)
+    if bos := special.get("bos_token"):  # the published tokenizers put it before every text
+        made.post_processor = TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B:1", [(bos, text.bos_token_id)])
+    made.save(str(folder / TOKENIZER))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     _write(folder / TOKENIZER_CONFIG, settings)
     _write(
         folder / GENERATION,

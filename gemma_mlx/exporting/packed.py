@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.exporting.tensors import DTYPES, Entry, Part, raw
-from gemma_mlx.exporting.tree import Rows, Tree, rounded, rows_of, stretches
+from gemma_mlx.exporting.tree import Rows, Tree, rounded, rows_of, stretches, unread
 from gemma_mlx.models.families import build
 from gemma_mlx.models.quantize import GROUP, group_of, quantizable
 from gemma_mlx.models.stacks import GATE, GATE_UP, UP
@@ -44,13 +44,18 @@ def packed_entries(tree: Tree, bits: int, dtype: str | None) -> tuple[list[Entry
     """
     spec = tree.model.spec
     packed = {path: group_of(module.weight.shape[-1]) for path, module in quantizable(build(spec), bits)}
+    held = [(path, shape, rows_of(tree.model, path)) for path, shape in tree.shapes.items()]
+    for path, shape, rows in unread(tree):  # mlx-lm's Gemma 3n has places for them
+        held.append((path, shape, rows))
+        if len(shape) > 1 and shape[-1] % 32 == 0:
+            packed[path.removesuffix(".weight")] = group_of(shape[-1])
     entries: list[Entry] = []
     overrides: dict[str, Any] = {}
-    for path, shape in tree.shapes.items():
+    for path, shape, values in held:
         kept = tree.stored.get(path)
         own = kept.dtype if kept is not None and kept.dtype in DTYPES and kept.dtype != "U32" else tree.dtype
         target, owner = dtype or own, path.removesuffix(".weight")
-        for name, inner, rows in _halves(path, shape, rows_of(tree.model, path)):
+        for name, inner, rows in _halves(path, shape, values):
             named = mlx_name(name, spec.config["model_type"])
             if owner not in packed and path not in packed:
                 entries.append(Entry((Part(named, inner, target),), partial(_plain, rows, inner, target, named)))

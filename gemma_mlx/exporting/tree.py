@@ -195,19 +195,35 @@ def _is_plain(tree: Tree, path: str) -> bool:
 def _unread(tree: Tree, dtype: str | None) -> list[Entry]:
     """Key and value tensors of layers that share another's: in published files, so they belong to a whole one."""
     found = []
-    for path, kept in tree.stored.items():
-        if path in tree.shapes or kept.dtype not in DTYPES or kept.dtype == "U32" or not is_shared_kv(path):
-            continue
-        if path.endswith((".scales", ".biases")) or f"{path.rpartition('.')[0]}.scales" in tree.stored:
-            continue
-        target = dtype or kept.dtype
-        part = Part(stored_name(path, tree.model.spec.unified), kept.shape, target)
+    for path, shape, rows in unread(tree):
+        kept = tree.stored[path]
+        packed = kept.dtype == "U32"
+        target = dtype or (tree.dtype if packed else kept.dtype)
+        part = Part(stored_name(path, tree.model.spec.unified), shape, target)
         if kept.dtype == target:
             found.append(Entry((part,), partial(copied, kept)))
         else:
-            rows = partial(_slice, mx.load(str(kept.file))[kept.name])
-            found.append(Entry((part,), partial(computed, rows, kept.shape, target, None, part.name)))
+            found.append(Entry((part,), partial(computed, rows, shape, target, None, part.name)))
     return found
+
+
+def unread(tree: Tree) -> Iterator[tuple[str, tuple[int, ...], Rows]]:
+    """(path, shape, how its values are had) of key and value weights that the model has no place for."""
+    for path, kept in tree.stored.items():
+        if path in tree.shapes or not path.endswith(".weight") or not is_shared_kv(path):
+            continue
+        weight = mx.load(str(kept.file))[kept.name]
+        scales = tree.stored.get(f"{path.removesuffix('weight')}scales")
+        if scales is None:
+            yield path, kept.shape, partial(_slice, weight)
+            continue
+        inner, rows = tree.model.spec.text.hidden_size, kept.shape[0]
+        packed = nn.QuantizedLinear(inner, rows, False, inner // scales.shape[-1], kept.shape[-1] * 32 // inner)
+        packed.weight = weight
+        for leaf in ("scales", "biases"):
+            beside = tree.stored[f"{path.removesuffix('weight')}{leaf}"]
+            packed[leaf] = mx.load(str(beside.file))[beside.name]
+        yield path, (rows, inner), partial(float_rows, packed)
 
 
 def copied(kept: StoredTensor) -> Iterator[tuple[int, bytes]]:

@@ -7,9 +7,32 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 import torch
+from adapter_pairs import MAKERS
 
 from gemma_mlx.spec import read_spec
+
+SHARING = ("E2B", "E4B", "3n")
+"""Families with layers that share another's keys and values."""
+
+
+class Bases:
+    """Family -> checkpoint folder as it would be published, made when first asked for."""
+
+    def __init__(self, made):
+        self._made, self._folders = made, {}
+
+    def __call__(self, name):
+        if name == "3n":
+            pytest.importorskip("timm")
+        if name not in self._folders:
+            torch.set_num_threads(1)
+            folder = self._folders[name] = self._made("base")
+            MAKERS[name](folder)
+            if name in SHARING:
+                as_published(folder)
+        return self._folders[name]
 
 
 def load_checked(folder, dtype=torch.float32):

@@ -1,13 +1,11 @@
 """Merged exports: transformers loads them whole and computes what ours computes with the adapter on; every family."""
 
-
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-import torch
 from adapter_pairs import MAKERS, adapted, batches, difference, ours, randomise
-from merged_pairs import as_published, load_checked, tensors
+from merged_pairs import Bases, load_checked, tensors
 
 from gemma_mlx.exporting.run import export
 from gemma_mlx.full import train_fully, trained_places
@@ -15,26 +13,11 @@ from gemma_mlx.lora import apply_lora, lora_layers, save_adapter
 from gemma_mlx.models.names import stored_name
 
 TOLERANCE = 2e-4
-SHARING = ("E2B", "E4B", "3n")
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Family -> folder, made when first asked for."""
-    torch.set_num_threads(1)
-    made = {}
-
-    def get(name):
-        if name == "3n":
-            pytest.importorskip("timm")
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("base")
-            MAKERS[name](made[name])
-            if name in SHARING:
-                as_published(made[name])
-        return made[name]
-
-    return get
+    return Bases(tmp_path_factory.mktemp)
 
 
 def compare(name, model, folder, what, capsys=None):
@@ -83,10 +66,10 @@ def test_dora_keeps_its_lengths(name, bases, tmp_path):
 
 
 FULL = {
-    "E2B": "embed_tokens,audio_tower.subsample_conv_projection,norm,embed_vision,layers.3.mlp.down_proj",
+    "E2B": "embed_tokens,subsample_conv_projection,language_model.norm,embed_vision,layers.3.mlp.down_proj",
     "26B": "experts,embed_tokens,router",
     "3n": "vision_tower,embed_audio,altup",
-    "12B": "vision_embedder,embed_tokens,embed_audio",
+    "12B": "embed_vision,embed_tokens,embed_audio",
 }
 
 
@@ -94,11 +77,9 @@ FULL = {
 def test_modules_trained_in_full(name, bases, tmp_path):
     """Embeddings (which are the head too), convolutions, norms, experts; beside adapters on the attention."""
     model, rng = ours(name, bases(name)), np.random.default_rng(1)
-    known = {".".join(p.split(".")[i:j]) for p, _ in model.named_modules() for i in range(9) for j in range(10)}
-    names = [n for n in FULL[name].split(",") if n in known]
     apply_lora(model, "decoder.q_proj", 2, 3.0)
     randomise(model)
-    paths = train_fully(model, names)
+    paths = train_fully(model, FULL[name])
     for tensor, place in trained_places(model).items():
         if tensor.rpartition(".")[0] in paths:
             value = place.get()
