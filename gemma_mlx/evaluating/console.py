@@ -82,7 +82,7 @@ def _grid(title: str, *columns: str) -> Any:
     """A table whose first column is words and whose others are figures."""
     table = _table(title)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     return table
 
 

@@ -121,7 +121,7 @@ def _likelihoods(predictions: Sequence[Prediction]) -> list[Measured]:
     at = np.array(rows, np.int64)
     unit = "of the reference and its end token"
     return [
-        Measured("perplexity", "perplexity", False, False, _perplexity, "{:.3f}".format, at, stats, unit),
+        Measured("perplexity", "perplexity", False, False, _perplexity, "{:.4g}".format, at, stats, unit),
         Measured("token_accuracy", "token accuracy", True, False, _accuracy, "{:.2%}".format, at, stats, unit),
     ]
 

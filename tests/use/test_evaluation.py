@@ -12,6 +12,7 @@ from gemma_mlx.cli.door import enter
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.features import log_mel
+from gemma_mlx.errors import InputError
 from gemma_mlx.evaluation import Prediction, Report, evaluate, muted
 from gemma_mlx.generation import generate
 from gemma_mlx.models.load import load
@@ -141,3 +142,228 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, checkpoint_
     assert verb(*filled) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and re.search(message, told.err), told.err
+
+
+# --- scores, groups, intervals
+
+
+def said(row, task, reference, prediction, **facts):
+    return Prediction(str(row), f"data/t.csv:{row}", task, reference, prediction, **facts)
+
+
+TALK = [
+    said(1, "transcript", "I'll take 21 colours", "i will take twenty one colors", language="en", seconds=1.5),
+    said(2, "transcript", "zwei Äpfel", "zwei apfel", language="de", seconds=6.0),
+    said(3, "transcript", "alfa bravo charlie", "alfa brave charlie", language="en", seconds=40.0, finish="length"),
+    said(4, "answer", "Paris", "paris.", language="English", media=1),
+    said(5, "answer", "the red house", "a red house", language="English"),
+    said(6, "answer", "seven", "8"),
+]
+
+
+def test_each_row_is_normalised_in_its_language():
+    """Against whisper_normalizer and jiwer directly."""
+    import jiwer
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    cleans = {"en": EnglishTextNormalizer(), "de": BasicTextNormalizer()}
+    pairs = [[cleans[p.language](text) for text in (p.reference, p.prediction)] for p in TALK[:3]]
+    wanted = jiwer.wer(*map(list, zip(*pairs, strict=True)))
+    assert wanted == pytest.approx(2 / 10)  # apfel, brave
+    report = Report(tuple(TALK))
+    assert report.scores["wer"] == pytest.approx(wanted)
+    assert report.as_dict()["normalizer"].startswith("whisper (whisper-normalizer ")
+    assert Report(tuple(TALK), "none").scores["wer"] > 0.5
+    assert report.cut_off == 1 and "1 of 6 answers were cut off" in report.table()
+
+
+def test_named_metrics_count_all_rows_and_equal_sacrebleu():
+    import sacrebleu
+
+    report = Report(tuple(TALK), metrics=("bleu", "chrf", "f1"))
+    predictions, references = [p.prediction for p in TALK], [[p.reference for p in TALK]]
+    assert list(report.scores) == ["rows", "bleu", "chrf", "f1"] and report.scores["rows"] == 6
+    assert report.scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, references).score)
+    assert report.scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(predictions, references).score)
+    assert "BLEU" in report.table() and "%" not in report.table().split("chrF")[0].split("BLEU")[1]
+
+
+def test_groups_are_the_scores_of_their_rows_alone():
+    report = Report(tuple(TALK), group_by=("language", "duration", "source", "task"))
+    found = report.as_dict()["groups"]
+    assert [(g["group"], g["rows"]) for g in found["language"]] == [("English", 4), ("German", 1), ("(none)", 1)]
+    assert [(g["group"], g["rows"]) for g in found["task"]] == [("answer", 3), ("transcript", 3)]
+    assert [g["group"] for g in found["duration"]] == ["0-2 s", "5-10 s", "30 s or more", "(none)"]
+    assert found["source"][0]["rows"] == 6
+    for by, chosen in (("language", lambda p: p.language in ("en", "English")), ("task", lambda p: p.task == "answer")):
+        alone = Report(tuple(filter(chosen, TALK)))
+        group = found[by][0]
+        assert {n: group[n] for n in alone.scores if n in group} == {
+            n: pytest.approx(v) for n, v in alone.scores.items() if n in group
+        }
+        for name, interval in alone.intervals.items():
+            np.testing.assert_allclose(group["intervals"][name], interval)
+    assert "By language" in report.table() and "30 s or more" in report.table()
+
+
+def test_intervals_are_of_rows_or_of_clusters():
+    """Rows said twice by each speaker: over rows the interval is too narrow by about √2."""
+    r = np.random.default_rng(0)
+    right = np.repeat(r.random(60) < 0.6, 2)
+    rows = [said(i, "answer", "a", "a" if ok else "b", cells={"who": str(i // 2)}) for i, ok in enumerate(right)]
+    by_rows, by_speakers = Report(tuple(rows)), Report(tuple(rows), cluster_by="who")
+    width = lambda report: np.diff(report.intervals["exact_match"])[0]  # noqa: E731
+    p = right.mean()
+    assert width(by_rows) == pytest.approx(2 * 1.96 * (p * (1 - p) / 120) ** 0.5, rel=0.1)
+    assert width(by_speakers) == pytest.approx(2 * 1.96 * (p * (1 - p) / 60) ** 0.5, rel=0.1)
+    assert "bootstrap over who" in by_speakers.table()
+    nameless = [said(i, "answer", "a", "a" if ok else "b", cells={"who": ""}) for i, ok in enumerate(right)]
+    assert Report(tuple(nameless), cluster_by="who").intervals == by_rows.intervals
+
+
+def test_one_row_has_no_interval(tmp_path):
+    report = Report((TALK[0],))
+    report.write(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["intervals"]["wer"] == [None, None]
+    assert " to " not in report.table() and "nan" not in report.table()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_keep_to_their_width(width):
+    other = tuple(said(i, p.task, p.reference, "something else " * 30) for i, p in enumerate(TALK, 1))
+    report = Report(tuple(TALK), group_by=("language",), other=other)
+    assert max(map(len, report.table(width).splitlines())) <= width
+    assert "[bold]" in Report((said(1, "answer", "x", "[bold]y[/]"), TALK[3])).table(width)
+
+
+# --- another side
+
+
+def random_pairs(count, seed):
+    r = np.random.default_rng(seed)
+    words = ["a", "b", "c", "d"]
+    lines = lambda: [" ".join(r.choice(words, r.integers(1, 6))) for _ in range(count)]  # noqa: E731
+    return lines(), lines(), lines()
+
+
+def test_a_comparison_is_the_two_evaluations_and_their_difference(tmp_path):
+    references, first, second = random_pairs(40, 3)
+    own = tuple(said(i, "transcript", *pair) for i, pair in enumerate(zip(references, first, strict=True)))
+    other = tuple(said(i, "transcript", *pair) for i, pair in enumerate(zip(references, second, strict=True)))
+    report = Report(own, other=other)
+    report.write(tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())["comparison"]
+    alone = Report(other).scores
+    assert found["with"] == "base" and found["wer"]["other"] == alone["wer"]
+    assert found["wer"]["difference"] == pytest.approx(report.scores["wer"] - alone["wer"])
+    low, high = found["wer"]["interval"]
+    assert low < found["wer"]["difference"] < high and 0 < found["wer"]["p_value"] <= 1
+    written = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert [w["other_prediction"] for w in written] == second
+    gains = {w["row_id"]: float(w["other_errors"]) - float(w["errors"]) for w in written}
+    assert found["wer"]["better"]["rows"] == sum(g > 0 for g in gains.values())
+    assert found["wer"]["worse"]["rows"] == sum(g < 0 for g in gains.values())
+    first_better = [gains[row] for row in found["wer"]["better"]["first"]]
+    assert first_better == sorted(first_better, reverse=True) and min(first_better) > 0
+    assert Report(own, other=own).compared[0].paired.p_value == 1.0
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint_folder, rows, tmp_path_factory):
+    """Two adapters that change what is said."""
+    import mlx.core as mx
+
+    from gemma_mlx.lora import apply_lora, lora_layers, save_adapter
+
+    folders = []
+    for seed in (1, 2):
+        model, _ = load(checkpoint_folder)
+        apply_lora(model, "decoder", 2, 8.0)
+        mx.random.seed(seed)
+        for layer in lora_layers(model).values():
+            layer.lora_b = mx.random.normal(layer.lora_b.shape)
+        folders.append(save_adapter(model, tmp_path_factory.mktemp("tuned") / f"{seed}"))
+    return folders
+
+
+def answers_of(loaded, scored, **options):
+    return [p.prediction for p in evaluate(*loaded, scored, max_tokens=4, **options).predictions]
+
+
+@pytest.mark.parametrize("side", ["base", "adapter"])
+def test_another_side_answers_as_it_does_alone(checkpoint_folder, scored, tuned, side):
+    model, processor = load(checkpoint_folder, adapter=tuned[0])
+    compare, name = ("base", "base") if side == "base" else (tuned[1], "other")
+    alone = load(checkpoint_folder) if side == "base" else load(checkpoint_folder, adapter=tuned[1])
+    own = answers_of((model, processor), scored)
+    report = evaluate(model, processor, scored, max_tokens=4, compare=compare, likelihood=True)
+    assert [p.prediction for p in report.predictions] == own
+    assert [p.prediction for p in report.other] == answers_of(alone, scored) != own
+    assert report.other_name == name and {"wer", "perplexity"} <= {c.own.name for c in report.compared}
+    assert answers_of((model, processor), scored) == own
+
+
+def test_an_earlier_file_is_another_side(checkpoint_folder, loaded, scored, tuned, tmp_path):
+    model, processor = load(checkpoint_folder, adapter=tuned[0])
+    before = evaluate(*loaded, scored, tmp_path / "before", max_tokens=4)
+    file = tmp_path / "before" / "predictions.csv"
+    report = evaluate(model, processor, scored, max_tokens=4, compare=file)
+    both = evaluate(model, processor, scored, max_tokens=4, compare="base")
+    assert report.other == tuple(p for p in before.predictions) and report.other_name == "earlier"
+    assert [c.paired for c in report.compared] == [c.paired for c in both.compared]
+    text = file.read_text()
+    for changed, told in (
+        (text.replace("alfa", "golf", 1), "had another reference there"),
+        ("\n".join(text.splitlines()[:-1]) + "\n", "no answer to"),
+        (text.replace("row_id", "name", 1), "no column 'row_id'"),
+    ):
+        file.write_text(changed)
+        with pytest.raises(InputError, match=told):
+            evaluate(model, processor, scored, max_tokens=4, compare=file)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"compare": "base"}, "the model has no adapter"),
+        ({"compare": "nowhere.csv"}, r"nowhere\.csv: cannot be read"),
+        ({"compare": "nowhere/"}, "nowhere"),
+        ({"metrics": ["blue"]}, "--metrics blue: unknown; did you mean bleu"),
+        ({"metrics": ["zzzz"]}, "known: wer, cer"),
+        ({"normalize": "wisper"}, "normalize: expected whisper"),
+        ({"group_by": ["durration"]}, "--group-by durration: no such column; did you mean 'duration'"),
+        ({"group_by": ["questionn"]}, "did you mean 'question'"),
+        ({"cluster_by": "zz"}, "no such column; known: language"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_first_answer(loaded, scored, tmp_path, monkeypatch, options, told):
+    monkeypatch.setattr("gemma_mlx.evaluating.answering.answers", None)
+    with pytest.raises(InputError, match=told):
+        evaluate(*loaded, scored, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_a_reference_is_told(loaded):
+    from gemma_mlx.data.examples import Example, Text, Turn
+
+    bare = Example((Turn("user", (Text("hello"),)),), "x.csv:7")
+    with pytest.raises(InputError, match=r"x\.csv:7: no reference"):
+        evaluate(*loaded, [bare])
+    with pytest.raises(InputError, match="no rows"):
+        evaluate(*loaded, [])
+
+
+def test_columns_group_rows_and_stand_in_the_file(loaded, tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("id,prompt,response,topic,lang\nx,say a,a,letters,en\ny,say 1,1,digits,de\nz,say b,b,letters,\n")
+    options = {"max_tokens": 2, "columns": {"language": "lang"}, "language": "fr"}
+    report = evaluate(*loaded, path, tmp_path / "out", group_by=["topic", "language"], **options)
+    assert [(g.name, g.rows) for g in report.groups["topic"]] == [("letters", (0, 2)), ("digits", (1,))]
+    assert [p.language for p in report.predictions] == ["en", "de", "fr"]
+    written = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    assert [w["topic"] for w in written] == ["letters", "digits", "letters"]
+    assert [w["row_id"] for w in written] == ["x", "y", "z"] and {w["source"] for w in written} == {"test.csv"}
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["data"]["rows"] == 3 and told["model"]["adapter_sha256"] == "none"
+    assert told["settings"]["max_tokens"] == "2"
