@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from gemma_mlx.adapters.adapter import Adapter, LowRank
 from gemma_mlx.errors import InputError
 from gemma_mlx.full import candidates, saved_shapes
-from gemma_mlx.lora import linear_paths, linear_shape, module_at
+from gemma_mlx.lora import _natural, linear_paths, linear_shape, module_at
 from gemma_mlx.models.names import module_path, to_mlx_axes
 from gemma_mlx.skeleton import skeleton
 from gemma_mlx.spec import read_spec
@@ -60,6 +60,7 @@ def fit(adapter: Adapter, model: nn.Module, compare: bool = True) -> Adapter:
             raise InputError(f"{where}: {stored} and another entry both mean the layer {path}")
         _check(adapter, stored, layer, linear_shape(module_at(model, path)))
         layers[path] = layer
+    layers = {path: layers[path] for path in sorted(layers, key=_natural)}
     full, modules = _fit_full(adapter, model, str(where), compare)
     return replace(adapter, layers=layers, full=full, modules=modules, torch_axes=False)
 

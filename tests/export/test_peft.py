@@ -142,8 +142,10 @@ MADE = {
         target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj)",
         rank_pattern={"v_proj": 7, r"layers\.[0-2]\.self_attn\.q_proj": 3}, alpha_pattern={"o_proj": 11},
     ),
-    "rslora": dict(target_modules=r".*language_model.*\.(q_proj|up_proj)|.*vision_tower.*q_proj\.linear", use_rslora=True,
-        rank_pattern={"up_proj": 3}),
+    "rslora": dict(
+        target_modules=r".*language_model.*\.(q_proj|up_proj)|.*vision_tower.*q_proj\.linear",
+        rank_pattern={"up_proj": 3}, use_rslora=True,
+    ),
     "dora": dict(target_modules=r".*language_model.*\.k_proj|.*audio_tower.*\.q_proj\.linear", use_dora=True),
     "modules": dict(target_modules=r".*language_model.*\.k_proj", modules_to_save=["embed_audio", "norm_out"]),
 }  # fmt: skip
@@ -206,6 +208,41 @@ def test_of_a_quantized_base(base, tmp_path):
     assert difference(plain(**inputs), tiny.reference_logits(reference, inputs), inputs) <= BOUND
     again = load_model(base("E2B"), quantize=4)
     attach(again, out)
+    assert mx.array_equal(again(**inputs), model(**inputs))
+
+
+def test_towers_merged_into_a_base_beside_it(base, tmp_path):
+    """For programs that put adapters on the decoder alone: the same logits from base/ with the decoder's part."""
+    model, adapter = adapted(
+        "E2B", base("E2B"), tmp_path / "adapter", targets="q_proj,embed_audio.embedding_projection"
+    )
+    lines = exported(base("E2B"), adapter, tmp_path / "peft", merge_towers=True)
+    assert "5 layers of towers and embedders are merged" in lines[0]
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base" and config["revision"] is None
+    assert len(config["target_modules"]) == 10 and all("language_model" in path for path in config["target_modules"])
+    reference = with_peft(tmp_path / "peft" / "base", tmp_path / "peft")
+    inputs = batches("E2B")["media"]
+    assert difference(model(**inputs), tiny.reference_logits(reference, inputs), inputs) <= BOUND
+    _, adapter = adapted("E2B", base("E2B"), tmp_path / "towers", targets="audio.q_proj")
+    with pytest.raises(InputError, match="all of this adapter is in towers"):
+        exported(base("E2B"), adapter, tmp_path / "none", merge_towers=True)
+    _, adapter = adapted("Gemma 3", base("Gemma 3"), tmp_path / "text", targets="q_proj")
+    exported(base("Gemma 3"), adapter, tmp_path / "alone", merge_towers=True)
+    assert not (tmp_path / "alone" / "base").exists()
+
+
+def test_an_adapter_of_the_text_model_alone(base, tmp_path):
+    """transformers' Gemma4ForCausalLM names its layers without `language_model`; they are found in the whole model."""
+    model, adapter = adapted("E2B", base("E2B"), tmp_path / "adapter", targets="decoder.q_proj")
+    exported(base("E2B"), adapter, tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = {name.replace(".language_model.", "."): t for name, t in load_file(path).items()}
+    assert all(".model.model.layers." in name for name in tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    again = ours("E2B", base("E2B"))
+    assert attach(again, tmp_path / "peft") == list(lora_layers(model))
+    inputs = batches("E2B")["text"]
     assert mx.array_equal(again(**inputs), model(**inputs))
 
 
