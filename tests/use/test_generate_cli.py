@@ -62,16 +62,8 @@ def answer(loaded, *parts, system=None, **options):
 
 
 def test_one_prompt_with_several_media(loaded, folder, run):
-    media = (
-        "--image",
-        folder / "1.png",
-        "--image",
-        folder / "4.png",
-        "--audio",
-        folder / "0.wav",
-        "--audio",
-        folder / "3.wav",
-    )
+    media = [item for name in ("1.png", "4.png") for item in ("--image", folder / name)]
+    media += [item for name in ("0.wav", "3.wav") for item in ("--audio", folder / name)]
     pictures = [("image", folder / "1.png"), ("image", folder / "4.png")]
     clips = [("audio", folder / "0.wav"), ("audio", folder / "3.wav")]
     expected = answer(loaded, *pictures, ("text", "All?"), *clips, system="Be brief.")
@@ -145,14 +137,10 @@ def test_long_clips(loaded, folder, run):
     assert code == 2 and "over-long audio: 35.0 s" in err and "--long-audio split" in err
     expected = transcribe(*loaded, clip, settings=Settings(max_tokens=MOST))
     code, out, err = run("--audio", clip, "--long-audio", "split")
-    assert (
-        (code, out) == (0, expected.text + "\n")
-        and "s are silent and were left out" in err
-        and "pieces 1, 2, 3 end" in err
-    )
+    assert (code, out) == (0, expected.text + "\n")
+    assert "s are silent and were left out" in err and "pieces 1, 2, 3 end at" in err
     assert run("--audio", clip, "--timestamps")[1] == expected.written("timestamps")
-    for form in WRITTEN:
-        assert run("--audio", clip, "--format", form)[1] == expected.written(form)
+    assert run("--audio", clip, "--format", "vtt")[1] == expected.written("vtt")
     assert run("--audio", clip, "--out", folder / "a.srt")[:2] == (0, "")
     assert (folder / "a.srt").read_text() == expected.written("srt")
     edged = transcribe(*loaded, clip, settings=Settings(max_tokens=MOST), edge_seconds=(0, 0.1), piece_seconds=2)
@@ -165,19 +153,10 @@ def test_long_clips(loaded, folder, run):
 
 
 def test_training_does_not_split(folder, checkpoint_folder, capsys):
-    given = [
-        "train",
-        "--model",
-        checkpoint_folder,
-        "--data",
-        folder / "x.csv",
-        "--out",
-        folder / "x",
-        "--long-audio",
-        "split",
-    ]
+    given = ["train", "--model", checkpoint_folder, "--data", folder / "x.csv", "--out", folder / "x"]
+    given += ["--long-audio", "split"]
     assert enter(verbs, [str(a) for a in given], name="gemma-mlx") == 2
-    assert "error, truncate" in capsys.readouterr().err
+    assert "expected error or truncate, got 'split'" in capsys.readouterr().err
 
 
 def test_a_chat_from_a_pipe(loaded, folder, run, monkeypatch):
