@@ -48,8 +48,9 @@ def bootstrap(
 ) -> Interval:
     """The interval of a score of rows: the bias-corrected and accelerated bootstrap, widened for few rows.
 
-    BCa (Efron 1987) moves the percentiles for the skew that error counts have; each tail is then as small as the t
-    distribution asks, since a bootstrap's spread is that of n rows without the division by n - 1 (Hesterberg 2015).
+    BCa (Efron 1987) moves the percentiles for the skew that error counts have. Its tails are then widened as the t
+    distribution asks: a bootstrap's spread lacks the division by n - 1 (Hesterberg 2015), and is itself uncertain, the
+    more so where few rows hold most errors, so the degrees of freedom are Satterthwaite's.
     Where all resamples give one score (no row has an error, all rows alike) both ends are that score: rows that never
     differed tell nothing of rows that would.
 
@@ -79,11 +80,13 @@ def _levels(values: np.ndarray, stats: np.ndarray, corpus: Corpus, level: float)
     score = float(corpus(total))
     below = (np.searchsorted(values, score) + np.searchsorted(values, score, "right")) / (2 * len(values))
     bias = _NORMAL.inv_cdf(min(max(below, 1 / len(values)), 1 - 1 / len(values)))
-    tail = sqrt(n / (n - 1)) * _t_quantile((1 + level) / 2, n - 1)
+    peak = n * float((pull**4).sum()) / spread**2 if spread > 0 else 0.0
+    freedom = min(n - 1, 2 * n / (peak - 1)) if peak > 1 else n - 1
+    tail = sqrt(n / (n - 1)) * _t_quantile((1 + level) / 2, freedom)
     return [_NORMAL.cdf(bias + (bias + z) / max(1 - skew * (bias + z), 1e-9)) for z in (-tail, tail)]
 
 
-def _t_quantile(share: float, freedom: int) -> float:
+def _t_quantile(share: float, freedom: float) -> float:
     """Student's t by its expansion about the normal quantile (Abramowitz and Stegun 26.7.5)."""
     z = _NORMAL.inv_cdf(share)
     terms = (
