@@ -18,6 +18,7 @@ from gemma_mlx.exporting import hf
 from gemma_mlx.exporting.base_files import TEMPLATE
 from gemma_mlx.exporting.gguf_again import merge_gguf
 from gemma_mlx.exporting.gguf_converter import TYPES, check_packages, convert
+from gemma_mlx.exporting.gguf_limits import check_limits
 from gemma_mlx.exporting.gguf_lora import ARCHITECTURES, write_lora
 from gemma_mlx.exporting.gguf_tokenizer import complete
 from gemma_mlx.exporting.options import ExportOptions, Source
@@ -51,6 +52,7 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     model_type = spec.config["model_type"]
     if model_type not in ARCHITECTURES:
         raise InputError(f"--format gguf: llama.cpp's converter does not take a model of type {model_type}")
+    check_limits(spec)
     name = name_of(source)
     if options.gguf_lora:
         return _lora(source, folder, spec, f"{name}-lora.gguf")

@@ -14,6 +14,7 @@ import pytest
 
 _SIZE = 512
 _F32, _OFF = 0, 0
+_THREADS = 1  # more wait for each other by spinning, which is slow where other tests run beside
 
 
 class _Params(ctypes.Structure):
@@ -90,6 +91,8 @@ class Model:
         words = (ctypes.c_int32 * (_SIZE // 4)).from_buffer(params)
         assert list(words[:3]) == [512, 2048, 512], f"unknown layout: {list(words[:32])}"
         words[0] = words[1] = words[2] = self.context
+        assert 0 < words[7] == words[8] < 1024, f"unknown layout: {list(words[:32])}"
+        words[7] = words[8] = _THREADS
         flash = next(i for i in range(9, 16) if list(words[i - 3 : i + 1]) == [-1, -1, -1, -1])
         words[flash] = _OFF
         kinds = next(i for i in range(flash + 8, flash + 24) if list(words[i : i + 2]) == [1, 1])  # float16 both
@@ -134,3 +137,40 @@ class Model:
 
     def __exit__(self, *_):
         self.close()
+
+
+class Server:
+    """llama.cpp's server in this process: the door of llama-server, without the socket.
+
+    server = Server("x.gguf", template=jinja text or None, lora="l.gguf", mmproj="m.gguf")
+    server.chat(messages) -> its JSON answer
+    """
+
+    def __init__(self, path, template=None, lora=None, mmproj=None, context=1024):
+        x = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed")
+        params = x.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.n_parallel, params.warmup, params.use_jinja, params.cache_prompt = 1, False, True, False
+        params.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = x.ggml_type.GGML_TYPE_F32
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _THREADS
+        params.port = 0
+        params.sampling.temp = 0.0
+        if template:
+            params.chat_template = template
+        if lora:
+            params.lora_adapters = [x.CommonAdapterLoraInfo(path=str(lora), scale=1.0)]
+        if mmproj:
+            params.mmproj.path = str(mmproj)
+        self.server = x.Server(params)
+
+    def chat(self, messages, max_tokens=32, **more):
+        request = {
+            "messages": messages, "max_tokens": max_tokens, "temperature": 0.0, "return_tokens": True, "verbose": True,
+            **more,
+        }  # fmt: skip
+        answer = self.server.handle_chat_completions(request)
+        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
+        assert "choices" in answer, answer
+        return answer
