@@ -323,17 +323,16 @@ class _Begun:
         self._state = self.out.with_name(f"{self.out.name}.unfinished")
 
     def lines(self) -> int:
-        """Lines that are there, in whole groups; what is behind them is taken away. Begins the file if it is new.
+        """Lines that are there, in whole groups; what is behind them is taken away.
 
         Raises:
             InputError: it is finished, or was begun otherwise.
         """
         state = self._told()
-        if not self._state.exists():
-            if self.out.exists():
-                raise InputError(f"{self.out}: there is a file of this name; give another --out, or remove it")
-            write_whole(self._state, (json.dumps(state, indent=2) + "\n").encode())
+        if not self.out.exists():
             return 0
+        if not self._state.exists():
+            raise InputError(f"{self.out}: there is a file of this name; give another --out, or remove it")
         try:
             before = json.loads(self._state.read_text())
         except (OSError, ValueError) as e:
@@ -354,8 +353,6 @@ class _Begun:
         return json.loads(json.dumps(told, default=str))
 
     def _whole_groups(self) -> int:
-        if not self.out.exists():
-            return 0
         ends = list(_line_ends(self.out))
         rows = len(self.prompts)
         if len(ends) > rows:
@@ -365,6 +362,8 @@ class _Begun:
         return kept
 
     def append(self, text: str) -> None:
+        if not self.out.exists():
+            write_whole(self._state, (json.dumps(self._told(), indent=2) + "\n").encode())
         with self.out.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()

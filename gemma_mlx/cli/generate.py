@@ -264,11 +264,10 @@ def _answer_file(
     except KeyboardInterrupt as stop:
         hint = f"; the same command goes on with {out}" if out else ""
         raise Interrupted(f"interrupted{hint}", getattr(stop, "signum", 2)) from None
-    went_on = f", {told.before} of them by an earlier call" if told.before else ""
     if out or told.bad or told.cut:
-        bad, cut = (f"{n} {what}" for n, what in ((told.bad, "bad rows skipped"), (told.cut, "ended at --max-tokens")))
-        parts = [f"{told.answered} lines{went_on}", *([bad] if told.bad else []), *([cut] if told.cut else [])]
-        click.echo("; ".join(parts) + (f": {out}" if out else ""), err=True)
+        counts = {"by an earlier call": told.before, "skipped as bad": told.bad, "ended at --max-tokens": told.cut}
+        parts = [f"{told.answered} of {len(prompts)} lines", *(f"{n} {what}" for what, n in counts.items() if n)]
+        click.echo(", ".join(parts) + (f": {out}" if out else ""), err=True)
 
 
 def _chat(settings: Any, options: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def test_files_of_prompts_in_and_out(loaded, folder, run, monkeypatch):
     assert code == 0 and [json.loads(line)["answer"] for line in out.splitlines()] == expected
     assert run("--prompts", folder / "in.jsonl", "--out", "-")[1] == out
     code, nothing, err = run("--prompts", folder / "in.jsonl", "--out", folder / "out.jsonl")
-    assert (code, nothing) == (0, "") and "2 lines" in err and (folder / "out.jsonl").read_text() == out
+    assert (code, nothing) == (0, "") and "2 of 2 lines" in err and (folder / "out.jsonl").read_text() == out
     code, _, err = run("--prompts", folder / "in.jsonl", "--out", folder / "out.jsonl")
     assert code == 2 and "a file of this name" in err
     monkeypatch.chdir(folder)
@@ -126,7 +126,7 @@ def test_media_roots_columns_and_bad_rows(loaded, folder, run):
     code, out, err = run(*flags, "--media-root", folder, "--on-bad-row", "skip")
     first, second = map(json.loads, out.splitlines())
     assert code == 0 and first["answer"] == answer(loaded, ("image", folder / "1.png"), ("text", "What?"))
-    assert "in.jsonl:2" in second["error"] and "1 bad rows skipped" in err
+    assert "in.jsonl:2" in second["error"] and "1 skipped as bad" in err
     code, _, err = run(*flags)
     assert code == 2 and "in.jsonl:1" in err and "2 of 2 rows are bad" in err
 
