@@ -71,15 +71,22 @@ def _decided(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
 
 
 def _targets(adapter: Adapter, model: nn.Module) -> str:
-    """The shortest name of just these layers that is at hand: the adapter's own, a group's, else all paths."""
+    """A short name of just these layers: the adapter's own, whole groups, else all paths."""
+    layers = set(adapter.layers)
     own = (adapter.config.get("gemma_mlx") or {}).get("targets")
-    for name in filter(None, (own, *GROUPS, "all")):
-        try:
-            if set(resolve_targets(model, name)) == set(adapter.layers):
-                return str(name)
-        except InputError:
-            continue
+    groups = ",".join(name for name in GROUPS if (found := _layers(model, name)) and found <= layers)
+    for name in filter(None, (own, groups)):
+        if _layers(model, name) == layers:
+            return str(name)
     return ",".join(adapter.layers) or NO_TARGETS
+
+
+def _layers(model: nn.Module, targets: str) -> set[str]:
+    """The layers that targets choose; none where the model has no such."""
+    try:
+        return set(resolve_targets(model, targets))
+    except InputError:
+        return set()
 
 
 def _plain(name: str, config: TrainConfig, value: Any) -> Any:

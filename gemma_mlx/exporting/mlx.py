@@ -57,7 +57,7 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         lines.append(f"{len(decoder.layers) + len(decoder.modules)} layers of the decoder, for mlx-lm")
     if kind != "gemma3_text" and adapter.layers and (towers or kind == "gemma3n"):
         write_one(adapter, vlm_names(spec.unified), folder / VLM, dtype, source.base_name)
-        lines.append(f"all {len(adapter.layers)} layers, for mlx-vlm, in {folder / VLM}")
+        lines.append(f"all {len(adapter.layers)} layers, for mlx-vlm, in its folder {VLM}/")
     if towers:
         lines.append(f"mlx-lm has no towers: the {towers} layers there are in the files for mlx-vlm alone")
     return [*lines, *_notes(adapter, source)]

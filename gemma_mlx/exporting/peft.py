@@ -55,7 +55,9 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     if options.merge_towers:
         adapter, merged = _without_towers(source, adapter, folder, options)
         if merged:
-            lines.append(f"{merged} layers of towers and embedders are merged into {folder / BASE}: use it as the base")
+            lines.append(
+                f"{merged} layers of towers and embedders are merged into the folder {BASE}/: use it as the base"
+            )
             base = BASE
     written, config = tensors(adapter), config_of(adapter, base, source.revision if base != BASE else None)
     if options.dtype:
@@ -156,9 +158,10 @@ def _common(values: Mapping[str, Any], default: Any) -> Any:
 
 def _notes(adapter: Adapter, source: Source) -> list[str]:
     """What the user has to know to get the same answers from transformers."""
+    full = f" and {len(adapter.modules)} modules in full" if adapter.modules else ""
     lines = [
-        f"{len(adapter.layers)} layers with an adapter, {len(adapter.modules)} modules in full; "
-        f"PeftModel.from_pretrained puts them on transformers' model of {source.base_name}"
+        f"{len(adapter.layers)} layers with an adapter{full}; PeftModel.from_pretrained puts them on transformers' "
+        f"model of {source.base_name}"
     ]
     if source.remembered.get("audio_window") == 13 and any("audio" in path for path in adapter.layers):
         lines.append("trained with an audio window of 13; transformers has 12, so answers to clips differ")

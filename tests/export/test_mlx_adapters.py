@@ -130,6 +130,16 @@ def test_mlx_lm_load_itself(checkpoint_folder, tmp_path):
     assert found.std() > 0.5
 
 
+def test_a_runs_own_folder_in_mlx_lm(base, tmp_path):
+    """Where mlx-lm names the decoder as transformers does, it reads a run's adapter as it is; of Gemma 4 it says no."""
+    model, adapter = adapted("Gemma 3", base("Gemma 3"), tmp_path / "a", targets="decoder")
+    found = lm_logits(lm(base("Gemma 3"), adapter), IDS)
+    assert np.abs(found - np.array(model(input_ids=IDS))).max() <= BOUND
+    _, adapter = adapted("E2B", base("E2B"), tmp_path / "b", targets="decoder")
+    with pytest.raises(ValueError, match="not an adapter parameter in the model"):
+        lm(base("E2B"), adapter)
+
+
 def test_ranks_and_scales_that_differ_are_brought_to_one(base, tmp_path):
     """Random ranks and scales: mlx-lm has one of each, and every product stays what it was."""
     model = ours("Gemma 3", base("Gemma 3"))
