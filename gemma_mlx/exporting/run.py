@@ -19,6 +19,7 @@ from gemma_mlx.exporting.push import check_push, push
 from gemma_mlx.exporting.source import find_source
 from gemma_mlx.exporting.tensors import check_space
 from gemma_mlx.progress import Reporter, megabytes
+from gemma_mlx.signals import terminated
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportOptions)}
 
@@ -137,7 +138,8 @@ def sibling(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     try:
-        yield folder
+        with terminated(f"--out {out}: stopped, nothing was written"):
+            yield folder
     except OSError as error:
         raise InputError(f"--out {out}: could not be written ({error})") from error
     finally:

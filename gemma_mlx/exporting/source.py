@@ -15,7 +15,7 @@ from gemma_mlx.adapters.writing import own_config, write_files
 from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure, read_yaml
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.options import Source
-from gemma_mlx.lora import ADAPTER_CONFIG, ADAPTER_FORMAT, remembered_options
+from gemma_mlx.lora import ADAPTER_CONFIG, _natural, remembered_options
 from gemma_mlx.models.load import resolve
 from gemma_mlx.plots import read_metrics
 
@@ -163,25 +163,20 @@ def _checkpoint(run: Path, step: int | None) -> tuple[checkpoint.Snapshot, list[
 def as_adapter(
     snapshot: checkpoint.Snapshot, config: TrainConfig, folder: Path, scales: Mapping[str, float] | None = None
 ) -> None:  # fmt: skip
-    """Write a checkpoint's trained weights as an adapter's folder.
+    """Write a checkpoint's trained weights as the adapter that its run would have saved.
 
     Args:
         snapshot: the checkpoint.
         config: of its run.
-        folder: exists; gets the two files.
+        folder: gets the two files.
         scales: path -> scale of layers whose scale is not the run's alpha / rank.
     """
-    weights = snapshot.weights
-    layers = {name.rpartition(".")[0]: None for name in weights if name.endswith(".lora_a")}
-    lengths = any(name.endswith(".m") and name.removesuffix(".m") in layers for name in weights)
-    own = {f"{path}.{leaf}" for path in layers for leaf in _LEAVES}
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in weights if name not in own))
+    weights, names = snapshot.weights, sorted(snapshot.weights, key=_natural)  # a file has them in any order
+    ranks = {name.rpartition(".")[0]: weights[name].shape[1] for name in names if name.endswith(".lora_a")}
+    own = {f"{path}.{leaf}" for path in ranks for leaf in _LEAVES}
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names if name not in own))
+    scales = dict.fromkeys(ranks, config.adapter_alpha / config.rank) | dict(scales or {})
     remembered = {name: getattr(config, name) for name in REMEMBERED}
-    mine: dict[str, Any] = {
-        "format": ADAPTER_FORMAT, "base_model": config.model, "targets": config.targets, "options": remembered,
-    }  # fmt: skip
-    ranks = {path: weights[f"{path}.lora_a"].shape[1] for path in layers}
-    common = config.adapter_alpha / config.rank
-    own_scales = {path: (scales or {}).get(path, common) for path in layers}
-    content = own_config(ranks, own_scales, config.dropout, lengths, modules, mine)
-    write_files(folder, weights, content)
+    mine = {"base_model": config.model, "targets": config.targets, "options": remembered}
+    dora = any(f"{path}.m" in weights for path in ranks)
+    write_files(folder, weights, own_config(ranks, scales, config.dropout, dora, modules, mine))
