@@ -98,3 +98,12 @@ def shrink(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         left, right = (qa @ u[:, :rank]) * root, root[:, None] * (qb @ vt[:rank].T).T
         layers[path] = LowRank(mx.array(left.astype(np.float32)), mx.array(right.astype(np.float32)), layer.scale)
     return replace(adapter, layers=layers, rslora=False), worst
+
+
+def of_rank(adapter: Adapter, rank: int | None) -> tuple[Adapter, list[str]]:
+    """(the adapter by `shrink`, what that costs in words); as it is for None."""
+    if rank is None:
+        return adapter, []
+    small, error = shrink(adapter, rank)
+    count = sum(small.layers[path] is not layer for path, layer in adapter.layers.items())
+    return small, [f"{count} layers brought to rank {rank}; largest relative error of a layer: {error:.1e}"]

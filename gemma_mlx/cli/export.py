@@ -40,7 +40,12 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--mmproj/--no-mmproj", default=True, help="gguf: also the towers, where there are any."),
             click.option(
                 "--merge-towers", is_flag=True,
-                help="peft: what PEFT cannot take is merged into a base that is written beside the adapter.",
+                help="peft: the towers' layers are merged into a base that is written beside the adapter, for programs "
+                "that adapt the decoder alone.",
+            ),
+            click.option(
+                "--adapter-rank", type=click.IntRange(1), metavar="N",
+                help="peft, mlx: bring layers to this rank at most, by their largest singular values.",
             ),
         )
     ):  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from gemma_mlx.adapters.adapter import Adapter, LowRank
+from gemma_mlx.adapters.combine import of_rank
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.adapters.writing import write_files
@@ -47,11 +48,11 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         raise InputError("format mlx: there is no adapter to write; name a run or an adapter")
     adapter = fit_to_base(read_adapter(source.adapter), source.base)
     _refuse(adapter)
+    adapter, lines = of_rank(adapter, options.adapter_rank)
     spec, dtype = read_spec(source.base), DTYPES.get(options.dtype or "")
     kind = spec.config["model_type"]
     decoder = _only(adapter, lambda path: not _in_tower(path))
     towers = len(adapter.layers) + len(adapter.modules) - len(decoder.layers) - len(decoder.modules)
-    lines = []
     if decoder.layers or decoder.modules:
         write_one(decoder, lm_names(kind), folder, dtype, source.base_name)
         lines.append(f"{len(decoder.layers) + len(decoder.modules)} layers of the decoder, for mlx-lm")

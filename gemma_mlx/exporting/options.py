@@ -49,7 +49,8 @@ class ExportOptions:
         gguf_lora: only the adapter, as a LoRA GGUF, instead of the merged model.
         mmproj: also the towers' GGUF, where the checkpoint has towers and the converter takes them.
         quiet: show no progress.
-        merge_towers: for PEFT: what PEFT cannot take is merged into a base written beside the adapter.
+        merge_towers: for PEFT: what lies in towers and embedders is merged into a base written beside the adapter.
+        adapter_rank: for PEFT and MLX: the most columns of a layer, by its largest singular values; None for all.
     """
 
     dtype: str | None = None
@@ -59,4 +60,5 @@ class ExportOptions:
     gguf_lora: bool = False
     mmproj: bool = True
     merge_towers: bool = False
+    adapter_rank: int | None = None
     quiet: bool = False

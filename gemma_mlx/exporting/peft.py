@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from gemma_mlx.adapters.adapter import Adapter, LowRank
+from gemma_mlx.adapters.combine import of_rank
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.peft_layout import PREFIX, rank_and_alpha, scale_of
 from gemma_mlx.adapters.reading import CONFIG, PEFT_WEIGHTS, read_adapter
@@ -51,7 +52,8 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     fitted = fit_to_base(adapter, source.base)
     if adapter.layout != "peft":  # which has the names that its own model has
         adapter = fitted
-    lines, base = [], source.base_name
+    adapter, lines = of_rank(adapter, options.adapter_rank)
+    base = source.base_name
     if options.merge_towers:
         adapter, merged = _without_towers(source, adapter, folder, options)
         if merged:

@@ -317,6 +317,25 @@ def test_of_another_base(base, peft_folder):
         attach(ours("E2B", base("E2B")), peft_folder)
 
 
+def test_a_lower_rank_says_what_it_costs(base, tmp_path):
+    """The error in the line is that of the layer that suffers most, by NumPy."""
+    model, adapter = adapted("Gemma 3", base("Gemma 3"), tmp_path / "adapter", targets="q_proj,o_proj", rank=5)
+    lines = exported(base("Gemma 3"), adapter, tmp_path / "peft", adapter_rank=2)
+    small, errors = read_adapter(tmp_path / "peft"), []
+    for path, layer in lora_layers(model).items():
+        product = np.array(layer.lora_a, np.float64) @ np.array(layer.lora_b, np.float64)
+        kept = small.layers[path]
+        found = kept.scale / layer.scale * (np.array(kept.a, np.float64) @ np.array(kept.b, np.float64))
+        assert kept.rank == 2
+        errors.append(np.linalg.norm(product - found) / np.linalg.norm(product))
+    assert lines[0].startswith("16 layers brought to rank 2") and lines[0].endswith(f"{max(errors):.1e}")
+    from gemma_mlx.exporting import mlx
+
+    (tmp_path / "mlx").mkdir()
+    source = Source(base("Gemma 3"), "some/base", adapter=adapter)
+    assert lines[0] in mlx.write(source, tmp_path / "mlx", ExportOptions(adapter_rank=2))
+
+
 def test_needs_an_adapter(base, tmp_path):
     with pytest.raises(InputError, match="no adapter to write"):
         write(Source(base("E2B"), "x"), tmp_path, ExportOptions())
