@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -68,6 +69,13 @@ class Measured:
         return replace(self, rows=self.rows[inside], stats=self.stats[inside]) if inside.any() else None
 
 
+@cache
+def cleaner(normalize: str, language: str) -> Callable[[str], str]:
+    """`gemma_mlx.normalizers.normalizer`, which remembers what it was given: the same texts pass for every metric, and
+    the same words for every row that is coloured. "" for a language that is not known."""
+    return lru_cache(1 << 16)(normalizer(normalize, language or None))
+
+
 def check_metrics(names: Sequence[str]) -> None:
     """Raise InputError for a name that is no metric."""
     for name in names:
@@ -110,7 +118,7 @@ def _measured(name: str, predictions: Sequence[Prediction], tasks: Sequence[str]
 def _counts(counted: Metric, p: Prediction, normalize: str) -> np.ndarray:
     if not counted.normalized:
         return counted.row(p.reference, p.prediction)
-    clean = normalizer(normalize, p.language or None)
+    clean = cleaner(normalize, p.language)
     return counted.row(clean(p.reference), clean(p.prediction))
 
 

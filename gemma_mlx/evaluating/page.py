@@ -20,11 +20,10 @@ from gemma_mlx.alignment import Word, coloured
 from gemma_mlx.data.examples import Example
 from gemma_mlx.evaluating import console
 from gemma_mlx.evaluating.console import of_group, remarks, told
-from gemma_mlx.evaluating.measuring import row_errors
+from gemma_mlx.evaluating.measuring import cleaner, row_errors
 from gemma_mlx.evaluating.page_media import EMBEDDED, FOLDER, Shelf
 from gemma_mlx.evaluating.report import PAGE, Report
 from gemma_mlx.files import write_whole
-from gemma_mlx.normalizers import normalizer
 
 ROWS, MEDIA_ROWS = 10_000, 250
 """The most rows of a page, the worst; of those with media, so many of the worst, and as many of the others by lot."""
@@ -193,7 +192,7 @@ def _texts(report: Report, i: int) -> str:
     p = report.predictions[i]
     if p.task == "text":
         return _line("text", escape(p.reference))
-    clean = normalizer(report.normalize, p.language or None)
+    clean = cleaner(report.normalize, p.language)
     wanted, said = coloured(p.reference, p.prediction, clean, p.language or None)
     lines = [_line("reference", _marked(wanted)), _line("model", _marked(said))]
     if report.other is not None:
