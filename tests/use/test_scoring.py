@@ -174,6 +174,14 @@ def test_bleu_by_language(language, tokenize, thousand):
     assert f"tok:{tokenize}" in counted.signature
 
 
+def test_signatures_are_sacrebleus():
+    """But for the number of references, which rows may differ in."""
+    for name, made in (("bleu", BLEU()), ("chrf", CHRF())):
+        made.corpus_score(["a"], [["a"]])
+        stated = made.get_signature().format().removeprefix("nrefs:1|")
+        assert METRICS[name].signature.partition("|")[2] == stated
+
+
 def test_bleu_of_japanese_and_korean_says_how_it_splits():
     assert bleu_tokenizer("ja") in ("char", "ja-mecab")
     assert bleu_tokenizer("ko") in ("13a", "ko-mecab")
