@@ -1,29 +1,42 @@
-"""Answers from a model: greedy or sampled decoding with a key-value cache."""
+"""Answers from a model, batched or as a stream: greedy or sampled, to text, pictures, films and sound."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from gemma_mlx import machine
 from gemma_mlx.batch import Batch
 from gemma_mlx.data.batches import collate
 from gemma_mlx.data.examples import Audio, Example, Image, Text, Turn, Video
 from gemma_mlx.data.processor import Processor
+from gemma_mlx.data.template import TEXT, Sample
+from gemma_mlx.decoding import Row, Running, Stateless, decode, left_padded, read
 from gemma_mlx.errors import InputError
-from gemma_mlx.lanes import edges, in_pieces, shared
-from gemma_mlx.models.media import MEDIA
-from gemma_mlx.prompt_cache import PromptCache
-from gemma_mlx.sampling import Settings
+from gemma_mlx.models.cache import Cache
+from gemma_mlx.models.media import reads_padding
+from gemma_mlx.prompt_cache import PromptCache, beginning_of, rest_of
+from gemma_mlx.sampling import Chooser, Sampler, Settings, greedy, suppressing
+from gemma_mlx.text_pieces import TextPieces
 
-Sampler = Callable[[mx.array], mx.array]
-"""float32 logits [B, V] -> token ids [B]."""
+__all__ = [
+    "Answer",
+    "answer_ids",
+    "answers",
+    "as_example",
+    "generate",
+    "greedy",
+    "left_padded",
+    "stream",
+    "suppressing",
+]
 
 
 @dataclass(frozen=True)
@@ -31,8 +44,8 @@ class Answer:
     """One answer.
 
     Attributes:
-        text: without the end token, or what begins with a stop text.
-        ids: the tokens, without the end token.
+        text: without the end token, and without a stop text and what follows it.
+        ids: the tokens, without the end token; those of a stop text among them.
         finish: "stop" at an end token or a stop text, "length" where `max_tokens` were there before.
         prompt_tokens: of the prompt, slots of media among them.
     """
@@ -41,33 +54,6 @@ class Answer:
     ids: tuple[int, ...]
     finish: str
     prompt_tokens: int
-
-
-def answers(
-    model: Any, processor: Processor, examples: Sequence[Example], settings: Settings | None = None, batch_size: int = 8
-) -> Iterator[tuple[int, Answer]]:
-    """(index, answer) of every example, each as soon as it is there; longest prompts first."""
-    s = settings or Settings()
-    if s.seed is not None:
-        mx.random.seed(s.seed)
-    sampler = suppressing(make_sampler(s.temperature, s.top_p, s.top_k, s.min_p), processor.suppressed_ids)
-    lengths = [len(processor.prompt(e, with_features=False)) for e in examples]
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([processor.prompt(examples[i]) for i in chosen], pad_id=processor.pad_id)
-        for i, ids in zip(chosen, answer_ids(model, batch, processor.eos_ids, s.max_tokens, sampler), strict=True):
-            finish = "length" if len(ids) == s.max_tokens else "stop"
-            yield i, Answer(processor.decode(ids), tuple(ids), finish, lengths[i])
-
-
-def stream(
-    model: Any, processor: Processor, conversation: Any, settings: Settings | None = None,
-    cache: PromptCache | None = None,
-) -> Iterator[str]:  # fmt: skip
-    """The answer's text in pieces, each as soon as it is certain."""
-    for _, answer in answers(model, processor, [as_example(conversation)], settings):
-        yield answer.text
 
 
 def generate(
@@ -81,27 +67,175 @@ def generate(
     min_p: float = 0.0,
     seed: int | None = None,
     batch_size: int = 8,
+    repetition_penalty: float = 1.0,
+    repetition_context: int = 20,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """The model's answer to each conversation, in their order.
 
     ``conversations``: questions as plain strings, lists of ``{"role", "content"}`` messages whose content may hold
     ``{"type": "image", "image": path}``, ``"video"`` and ``"audio"`` parts, or ``Example`` objects (their
-    last model turn, if any, is left out). Temperature 0 takes the likeliest token. At most ``max_tokens`` tokens each,
-    ending earlier at one of the checkpoint's end tokens. Prompts are answered in batches of ``batch_size``, longest
-    first; that changes nothing in the answers but the last bits of rounding.
+    last model turn, if any, is left out). The other arguments are those of ``Settings`` and of ``answers``.
+
+    Raises:
+        InputError: a conversation that cannot be read, or a setting outside its range.
     """
-    if seed is not None:
-        mx.random.seed(seed)
-    prompts = [processor.prompt(as_example(c)) for c in conversations]
-    sampler = suppressing(make_sampler(temperature, top_p, top_k, min_p), processor.suppressed_ids)
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([prompts[i] for i in chosen], pad_id=processor.pad_id)
-        for i, ids in zip(chosen, answer_ids(model, batch, processor.eos_ids, max_tokens, sampler), strict=True):
-            answers[i] = processor.decode(ids)
-    return answers
+    settings = Settings(
+        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, tuple(stop), seed
+    )
+    found = answers(model, processor, [as_example(c) for c in conversations], settings, batch_size)
+    return [answer.text for _, answer in sorted(found, key=lambda pair: pair[0])]
+
+
+def answers(
+    model: Any, processor: Processor, examples: Sequence[Example], settings: Settings | None = None, batch_size: int = 8
+) -> Iterator[tuple[int, Answer]]:
+    """(index, answer) of every example, each as soon as it is there.
+
+    ``batch_size`` of them are under way at a time, longest prompts first; where some have ended, the next take their
+    places. That changes nothing in an answer but the last bits of rounding. Media are decoded when their turn comes.
+
+    Raises:
+        InputError: a bad example, when its turn comes; a batch size below 1.
+    """
+    settings = settings or Settings()
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    lengths = [len(processor.prompt(e, with_features=False)) for e in examples]
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    seed = _fresh_seed()
+
+    def start(prompts: list[tuple[int, Sample]]) -> Running:
+        indices, samples = [i for i, _ in prompts], [sample for _, sample in prompts]
+        choose = Chooser(settings, [s.input_ids for s in samples], indices, processor.suppressed_ids, seed)
+        rows = [_row(processor, settings, i, len(sample)) for i, sample in prompts]
+        batch = collate(samples, pad_id=processor.pad_id)
+        alone = len(samples) > 1 and any(s.clips for s in samples) and reads_padding(model.spec, "audio")
+        media = [collate([s], pad_id=processor.pad_id) for s in samples] if alone else [batch]
+        cache = model.make_cache()
+        return Running(model, rows, cache, choose, read(model, batch, cache, media))
+
+    with _ahead(processor, examples, order, batch_size) as waiting:
+        for row in decode(start, waiting, batch_size):
+            yield row.index, _answer(processor, settings, row)
+
+
+def stream(
+    model: Any, processor: Processor, conversation: Any, settings: Settings | None = None,
+    cache: PromptCache | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """The answer's text in pieces, each as soon as it is certain; together they are the text that ``generate`` gives.
+
+    Args:
+        conversation: as one of ``generate``'s.
+        cache: what was kept of the conversation so far; keeps this prompt and its answer, also where the caller stops
+            early.
+    """
+    settings = settings or Settings()
+    sample = processor.prompt(as_example(conversation))
+    pieces = TextPieces(processor, settings.stop)
+    row = _row(processor, settings, 0, len(sample))
+    told: list[str] = []
+
+    def watch(token: int) -> bool:
+        told.append(pieces.push(token))
+        return pieces.stopped
+
+    row.watch = watch
+    if cache is None:
+        reads = _reading(model, processor, model.make_cache(), sample)
+    else:
+        reads = _going_on(model, processor, cache, sample)
+    choose = Chooser(settings, [sample.input_ids], [0], processor.suppressed_ids, _fresh_seed())
+    running = Running(model, [row], reads[0], choose, reads[1])
+    whole = True
+    try:
+        while not row.finish:
+            whole = False
+            running.step()
+            whole = True
+            yield from filter(None, told)
+            told.clear()
+    finally:
+        if cache is not None and whole:
+            cache.give(running.cache, sample, [tokens[0] for tokens in running.fed])
+    if last := pieces.end():
+        yield last
+
+
+def _going_on(model: Any, processor: Processor, kept: PromptCache, sample: Sample) -> tuple[Cache, mx.array]:
+    """As `_reading`, what is kept excepted. Before its last token a prompt becomes a place to come back to, so that it
+    can be asked again."""
+    held = kept.take(model, sample)
+    rest = held.rest
+    if len(rest) > 1 and rest.token_types[-1] == TEXT:
+        _reading(model, processor, held.cache, beginning_of(rest, len(rest) - 1))
+        rest = rest_of(rest, len(rest) - 1)
+    kept.remember(held.cache)
+    return _reading(model, processor, held.cache, rest)
+
+
+def _reading(model: Any, processor: Processor, cache: Cache, sample: Sample) -> tuple[Cache, mx.array]:
+    """The cache, and the logits behind the prompt."""
+    return cache, read(model, collate([sample], pad_id=processor.pad_id), cache)
+
+
+def _row(processor: Processor, settings: Settings, index: int, prompt_tokens: int) -> Row:
+    row = Row(index, prompt_tokens, settings.max_tokens, frozenset(processor.eos_ids))
+    if settings.stop:
+        pieces = TextPieces(processor, settings.stop)
+        row.watch = lambda token: (pieces.push(token), pieces.stopped)[1]
+    return row
+
+
+def _answer(processor: Processor, settings: Settings, row: Row) -> Answer:
+    if settings.stop:
+        pieces = TextPieces(processor, settings.stop)
+        text = "".join(map(pieces.push, row.ids)) + pieces.end()
+    else:
+        text = processor.decode(row.ids)
+    return Answer(text, tuple(row.ids), row.finish, row.prompt_tokens)
+
+
+def _fresh_seed() -> int:
+    """From MLX's own state, so that seeding that makes unseeded sampling repeatable too."""
+    return int(mx.random.randint(0, 2**31 - 1).item())
+
+
+@contextmanager
+def _ahead(
+    processor: Processor, examples: Sequence[Example], order: list[int], count: int
+) -> Iterator[Iterator[tuple[int, Sample]]]:
+    """(index, prompt) of each example in order, of which a thread makes the next `count` while others are answered."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+    waiting, later = deque[tuple[int, Future[Sample]]](), iter(order)
+
+    def prompts() -> Iterator[tuple[int, Sample]]:
+        while True:
+            for i in islice(later, count + 1 - len(waiting)):
+                waiting.append((i, pool.submit(processor.prompt, examples[i])))
+            if not waiting:
+                return
+            i, prompt = waiting.popleft()
+            yield i, prompt.result()
+
+    try:
+        yield prompts()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def answer_ids(
+    model: Any, batch: Batch, eos_ids: Sequence[int], max_tokens: int, sampler: Sampler | None = None
+) -> list[list[int]]:
+    """Token ids that follow each row of a batch of prompts, without the end token."""
+    ends, lengths = frozenset(eos_ids), batch.attention_mask.sum(axis=1)
+    rows = [Row(i, int(length), max_tokens, ends) for i, length in enumerate(lengths)]
+    cache = model.make_cache()
+    running = Running(model, list(rows), cache, Stateless(sampler or greedy), read(model, batch, cache))
+    while running.rows:
+        running.step()
+    return [row.ids for row in rows]
 
 
 def as_example(conversation: Any) -> Example:
@@ -128,101 +262,3 @@ def _turn(role: str, content: Any) -> Turn:
         known = ", ".join(kinds)
         raise InputError(f"conversation: expected parts {known} of system, user or model, got {role!r}")
     return Turn(role, tuple(kinds[part["type"]](part[part["type"]]) for part in parts))
-
-
-def answer_ids(
-    model: Any, batch: Batch, eos_ids: Sequence[int], max_tokens: int, sampler: Sampler | None = None
-) -> list[list[int]]:
-    """Token ids that follow each row of a batch of prompts, without the end token."""
-    ends = set(eos_ids)
-    answers: list[list[int]] = [[] for _ in batch.input_ids]
-    running = np.ones(len(answers), bool)
-    for step in steps(model, batch, sampler or greedy):
-        for row, token in enumerate(step.tolist()):
-            running[row] &= token not in ends
-            if running[row]:
-                answers[row].append(token)
-        if not running.any() or max(map(len, answers)) >= max_tokens:
-            return answers
-    return answers
-
-
-def steps(model: Any, batch: Batch, sampler: Sampler) -> Iterator[np.ndarray]:
-    """The next token of every row, int [B], without end: the caller stops. Prompts are left-padded here."""
-    inputs = left_padded(batch).inputs()
-    cache = model.make_cache()
-    mask = inputs["attention_mask"]
-    hidden = model.hidden(**_encoded(model, inputs), cache=cache)
-    while True:
-        tokens = sampler(model.logits(hidden[:, -1]).astype(mx.float32))
-        mx.eval(tokens)
-        yield np.array(tokens)
-        mask = np.concatenate([mask, np.ones((len(mask), 1), mask.dtype)], axis=1)
-        hidden = model.hidden(input_ids=tokens[:, None], attention_mask=mask, cache=cache)
-
-
-def _encoded(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The inputs with soft tokens in place of media, which are shared out to the threads that the machine can use."""
-    media = {name for names in MEDIA.values() for name in names}
-    text = {name: value for name, value in inputs.items() if name not in media}
-    soft: dict[str, list[mx.array]] = {}
-    for names in ([n for n in pair if n in inputs] for pair in MEDIA.values()):
-        if not names:
-            continue
-        count = len(inputs[names[0]])
-        lanes = machine.lanes(count)
-        parts = [{n: inputs[n][a:b] for n in names} for a, b in pairwise(edges(count, lanes))]
-        for part in _side_by_side(model, parts) if lanes > 1 else [model.encode(**parts[0])]:
-            for name, tokens in part.items():
-                soft.setdefault(name, []).append(tokens)
-    return {**text, **{name: mx.concatenate(parts) for name, parts in soft.items()}}
-
-
-def _side_by_side(model: Any, parts: list[dict[str, np.ndarray]]) -> list[dict[str, mx.array]]:
-    def encode(part: dict[str, np.ndarray]) -> dict[str, mx.array]:
-        with in_pieces():
-            tokens = model.encode(**part)
-        mx.eval(tokens)
-        return tokens
-
-    mx.eval(model.parameters())
-    return shared(len(parts)).map(encode, parts)
-
-
-def left_padded(batch: Batch) -> Batch:
-    """The same rows with their padding in front, so that every row's last position is its newest token."""
-    width = batch.input_ids.shape[1]
-    shifts = width - batch.attention_mask.sum(axis=1)
-
-    def rolled(rows: np.ndarray) -> np.ndarray:
-        return np.stack([np.roll(row, shift) for row, shift in zip(rows, shifts, strict=True)])
-
-    names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
-    return replace(batch, **{name: rolled(getattr(batch, name)) for name in names})
-
-
-def suppressing(sampler: Sampler, ids: Sequence[int]) -> Sampler:
-    """The sampler, never giving any of these tokens: slots of media that are not there, say."""
-    if not ids:
-        return sampler
-
-    def sample(logits: mx.array) -> mx.array:
-        barred = mx.broadcast_to(mx.array(list(ids)), (len(logits), len(ids)))
-        return sampler(mx.put_along_axis(logits, barred, mx.array(-1e9, logits.dtype), axis=-1))
-
-    return sample
-
-
-def greedy(logits: mx.array) -> mx.array:
-    """The likeliest token of each row."""
-    return mx.argmax(logits, axis=-1)
-
-
-def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Sampler:
-    """mlx-lm's sampling chain over log-probabilities; greedy at temperature 0."""
-    if temperature == 0:
-        return greedy
-    from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
-
-    sample = mlx_lm_sampler(temp=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
-    return lambda logits: sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))

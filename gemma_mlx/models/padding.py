@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +12,18 @@ import numpy as np
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.models.cache import Cache
+
+_here = local()
+
+
+@contextmanager
+def chosen_by_model() -> Iterator[None]:
+    """Ids that come within the block are the model's own choices: nobody waits for them in order to check them."""
+    before, _here.chosen = getattr(_here, "chosen", False), True
+    try:
+        yield
+    finally:
+        _here.chosen = before
 
 
 def host(array: Any) -> np.ndarray | None:
@@ -26,10 +40,12 @@ def check_ids(input_ids: Any, vocab_size: int, soft: Mapping[int, tuple[str, mx.
     """Raise InputError unless ids are in the vocabulary and each kind has as many slots as soft tokens.
 
     Args:
-        input_ids: int [B, T]; not looked at while they are traced.
+        input_ids: int [B, T]; not looked at while they are traced, or the model has chosen them.
         vocab_size: of the checkpoint.
         soft: id of a kind's slots -> (its name, its soft tokens [n, H], None for none).
     """
+    if getattr(_here, "chosen", False):
+        return
     ids, last = host(input_ids), vocab_size - 1
     if ids is None:
         return

@@ -8,7 +8,7 @@ import torch
 
 from gemma_mlx.batch import IGNORE_INDEX, Batch
 from gemma_mlx.errors import InputError
-from gemma_mlx.generation import answer_ids, as_example, left_padded, make_sampler
+from gemma_mlx.generation import answer_ids, as_example, left_padded
 from gemma_mlx.models.load import load_model
 
 NEW = 100  # tokens; the tiny checkpoint's sliding window is 8
@@ -90,18 +90,6 @@ def test_left_padding_moves_rows_and_nothing_else():
     for row, length in enumerate(batch.attention_mask.sum(1)):
         assert moved.input_ids[row, -length:].tolist() == batch.input_ids[row, :length].tolist()
         assert moved.attention_mask[row].tolist() == [0] * (len(moved.input_ids[row]) - length) + [1] * length
-
-
-def test_sampling_follows_the_distribution_and_its_limits():
-    logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
-    rows = mx.broadcast_to(logits, (20_000, 4))
-    mx.random.seed(1)
-    counts = np.bincount(np.array(make_sampler(1.0)(rows)), minlength=4) / 20_000
-    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.015)
-    assert set(np.array(make_sampler(1.0, top_k=2)(rows)).tolist()) == {0, 1}
-    assert set(np.array(make_sampler(1.0, top_p=0.7)(rows)).tolist()) == {0, 1}
-    assert set(np.array(make_sampler(1.0, min_p=0.2)(rows)).tolist()) == {0, 1, 2}
-    assert set(np.array(make_sampler(0.0)(rows)).tolist()) == {0}
 
 
 def test_conversations():

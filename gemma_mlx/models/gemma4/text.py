@@ -53,9 +53,10 @@ def rope_periods(dims: int, parameters: dict) -> mx.array:
 def rotate(x: mx.array, periods: mx.array, positions: int | mx.array) -> mx.array:
     """Rotary embedding of x [B, heads, T, d].
 
-    `positions` is the first of T consecutive positions, or int [B or 1, T] where they are not consecutive.
+    `positions` is the first of T consecutive positions, one for all rows or int [B], or int [B or 1, T] where they are
+    not consecutive.
     """
-    if isinstance(positions, int):
+    if isinstance(positions, int) or positions.ndim == 1:
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
     # The reciprocal, as in mx.fast.rope: queries picked from a row turn exactly as they do within it.
     angles = positions[:, None, :, None].astype(mx.float32) * mx.reciprocal(periods)
@@ -104,13 +105,16 @@ def at_labels(where: Place, labels: LabelRows | None, length: int, dtype: mx.Dty
         if isinstance(mask, Blocks):
             masks[kind] = mask.rows(columns, length, dtype)
         elif isinstance(mask, str):
-            masks[kind] = additive_mask(columns, mx.arange(length), None, None, dtype)
+            past = positions if isinstance(positions, int) else 0
+            masks[kind] = additive_mask(columns + past, mx.arange(past + length), None, None, dtype)
         elif mask is None or mask.shape[0] == 1:
             masks[kind] = None if mask is None else mask[0, 0][columns][:, None]
         else:
             masks[kind] = mx.take_along_axis(mask, columns[:, None, :, None], axis=2)
     if isinstance(positions, int):
         positions = columns + positions
+    elif positions.ndim == 1:
+        positions = columns + positions[:, None]
     else:
         positions = mx.take_along_axis(mx.broadcast_to(positions, (columns.shape[0], length)), columns, axis=1)
     return Place(positions, masks, labels)
@@ -144,6 +148,12 @@ def place(
     masks: dict[str, Mask] = {}
     for kind, window in ((FULL, None), (SLIDING, spec.sliding_window)):
         n_keys = length + (0 if cache is None else cache.held(kind))
+        if length == 1 and segment_ids is None:  # all that a layer holds is near enough
+            least, own = mx.array(mx.finfo(dtype).min, dtype), mx.array(0, dtype)
+            masks[kind] = (
+                None if valid is None else mx.where(valid[:, None, None, -n_keys:], own, least)
+            )
+            continue
         own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
         if valid is None and own_runs is None and cache is None and length > block_size():
             masks[kind] = blocks(length, window, dtype, segment_ids)
@@ -158,7 +168,8 @@ def place(
         masks[kind] = additive_mask(
             queries, keys, window, seen, dtype, own_runs, spec.vision_runs == "sliding", segments
         )
-    return Place(offset if segment_ids is None else positions_in_segments(segment_ids), masks)
+    positions = offset if cache is None else cache.positions()
+    return Place(positions if segment_ids is None else positions_in_segments(segment_ids), masks)
 
 
 class Attention(nn.Module):
