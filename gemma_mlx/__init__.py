@@ -18,11 +18,17 @@ _EXPORTS = {
     "evaluate": "gemma_mlx.evaluation",
     "generate": "gemma_mlx.generation",
     "export": "gemma_mlx.exporting.run",
+    "attach": "gemma_mlx.adapters.attach",
+    "detach": "gemma_mlx.adapters.attach",
+    "swap": "gemma_mlx.adapters.attach",
     "transcribe": "gemma_mlx.long_audio",
     "TrainConfig": "gemma_mlx.config",
     "InputError": "gemma_mlx.errors",
 }
-__all__ = ["InputError", "TrainConfig", "evaluate", "export", "finetune", "generate", "load", "transcribe"]
+__all__ = [
+    "InputError", "TrainConfig", "attach", "detach", "evaluate", "export", "finetune", "generate", "load", "swap",
+    "transcribe",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

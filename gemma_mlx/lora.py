@@ -346,18 +346,20 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def remembered_options(
-    folder: str | Path | Sequence[str | Path] | None, given: Iterable[str] = ()
+    folder: str | Path | Sequence[str | Path] | None, given: Iterable[str] = (), names: Iterable[str] | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """The options an adapter was trained with and must be used with (prompts, audio window, ...); {} for None.
 
-    Of several adapters those of all. Raises InputError where they do not agree on an option that is not among those
-    ``given`` anew.
+    Of several adapters those of all; ``names``: of these options alone. Raises InputError where they do not agree on
+    an option that is not among those ``given`` anew.
     """
     from gemma_mlx.adapters.reading import read_adapter
 
     found: dict[str, Any] = {}
     for name in [] if folder is None else [folder] if isinstance(folder, str | Path) else folder:
         for option, value in read_adapter(name).options.items():
+            if names is not None and option not in names:
+                continue
             if found.setdefault(option, value) != value and option not in given:
                 raise InputError(
                     f"{name}: trained with {option} {value!r}, another adapter with {found[option]!r}; say which "

@@ -26,7 +26,7 @@ def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[s
         if name in options and context.get_parameter_source(name) is ParameterSource.DEFAULT:
             options[name] = value
     names = ("model", "adapter", "adapter_weights", "dtype", "allow_unexpected", "audio_window", "quantize")
-    model, processor = load(**{name: options.pop(name) for name in names})
+    model, processor = load(**{name: options.pop(name) for name in names}, image_tokens=options["image_tokens"])
     check_finite(model, processor.folder)
     names = ("image_tokens", "long_audio")
     processor = Processor(processor.folder, processor.spec, **{name: options.pop(name) for name in names})

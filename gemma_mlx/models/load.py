@@ -430,6 +430,7 @@ def load(
     allow_unexpected: bool = False,
     audio_window: int | None = None,
     adapter_weights: Sequence[float] | None = None,
+    image_tokens: int | None = None,
 ) -> tuple[Any, Processor]:
     """A model and its processor, from a folder or a Hub id.
 
@@ -444,9 +445,11 @@ def load(
         dtype, allow_unexpected: as for `load_model`.
         audio_window: as for `load_model`; None for the one that the adapter was trained with, else 12.
         revision: branch, tag or commit of a Hub repository.
+        image_tokens: soft tokens that a picture may take; None for what the adapter was trained with.
 
     Raises:
-        InputError: as `load_model`; the model cannot be found; the adapter does not fit.
+        InputError: as `load_model`; the model cannot be found; an adapter does not fit; adapters were trained with
+            other values of what is None here.
     """
     folder = resolve(model, revision)
     from gemma_mlx.adapters.attach import attach
@@ -455,10 +458,12 @@ def load(
 
     if adapter_weights and adapter is None:
         raise InputError("adapter_weight: there is no adapter to weight; name it")
-    given = {name for name, value in (("quantize", quantize), ("audio_window", audio_window)) if value is not None}
-    remembered = remembered_options(adapter, given)
-    window = audio_window or remembered.get("audio_window", 12)
-    loaded = load_model(folder, dtype, allow_unexpected, window, quantize=quantize or remembered.get("quantize"))
+    used = {"quantize": quantize, "audio_window": audio_window, "image_tokens": image_tokens}
+    given = {name: value for name, value in used.items() if value is not None}
+    decided = {"audio_window": 12, **remembered_options(adapter, given, used), **given}
+    loaded = load_model(
+        folder, dtype, allow_unexpected, decided["audio_window"], quantize=decided.get("quantize")
+    )  # fmt: skip
     if adapter is not None:
         attach(loaded, adapter, adapter_weights)
-    return loaded, Processor(folder, loaded.spec, image_tokens=remembered.get("image_tokens"))
+    return loaded, Processor(folder, loaded.spec, image_tokens=decided.get("image_tokens"))

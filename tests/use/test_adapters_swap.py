@@ -266,6 +266,18 @@ def test_options_that_two_adapters_remember(base, tmp_path):
         remembered_options([a, b])
 
 
+def test_options_that_load_decides_by(base, tmp_path):
+    """Prompts are not its concern; what it uses must be agreed on, or given."""
+    options = ({"audio_prompt": "One", "image_tokens": 70}, {"audio_prompt": "Two", "image_tokens": 140})
+    names = [made(base, tmp_path / str(i), "decoder.q_proj", options=o) for i, o in enumerate(options)]
+    with pytest.raises(InputError, match="trained with image_tokens 140, another adapter with 70"):
+        gm.load(base, adapter=names)
+    _, processor = gm.load(base, adapter=names, image_tokens=280)
+    assert processor.image_tokens == 280
+    _, processor = gm.load(base, adapter=names[1])
+    assert processor.image_tokens == 140
+
+
 def test_a_runs_folder_means_its_adapter(base, adapters, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter").symlink_to(adapters["a"])
