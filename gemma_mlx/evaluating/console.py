@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_mlx.evaluating.measuring import Measured
 from gemma_mlx.evaluating.report import Report
-from gemma_mlx.grouping import Group
+from gemma_mlx.grouping import SMALL, Group
 from gemma_mlx.resampling import Interval
 
 SHOWN = 5
@@ -36,7 +36,7 @@ def show(report: Report, console: Any) -> None:
 
 def told(m: Measured, interval: Interval) -> str:
     """An interval as it is printed; "" where one row gives none."""
-    return "" if np.isnan(interval.low) else f"{m.tell(interval.low)} to {m.tell(interval.high)}"
+    return "" if not interval.known else f"{m.tell(interval.low)} to {m.tell(interval.high)}"
 
 
 def change(m: Measured, difference: float) -> str:
@@ -48,8 +48,17 @@ def change(m: Measured, difference: float) -> str:
 
 def of_group(m: Measured, interval: Interval) -> str:
     """A score with its interval in brackets, in short."""
-    around = told(m, interval).replace("%", "").replace(" to ", "–")
+    around = _brief(m, interval)
     return f"{m.tell(m.value)} ({around})" if around else m.tell(m.value)
+
+
+def nothing_to_group(by: str) -> str:
+    """What is said in place of groups."""
+    return f"by {by}: no row has one"
+
+
+def _brief(m: Measured, interval: Interval) -> str:
+    return told(m, interval).replace("%", "").replace(" to ", "–")
 
 
 def remarks(report: Report) -> list[str]:
@@ -62,6 +71,8 @@ def remarks(report: Report) -> list[str]:
             f"{report.cut_off} of {len(report.predictions)} answers were cut off at the most tokens (--max-tokens); "
             "what a model would have gone on to say is not counted"
         )
+    if any(group.small for groups in report.groups.values() for group in groups):
+        lines.append(f"groups of fewer than {SMALL} rows say little")
     return lines
 
 
@@ -69,7 +80,7 @@ def _parts(report: Report) -> Iterator[Any]:
     yield _summary(report)
     yield from remarks(report)
     for by, groups in report.groups.items():
-        yield _groups(report, by, groups)
+        yield _groups(report, by, groups) if groups else nothing_to_group(by)
         if len(groups) > MOST_GROUPS:
             yield f"and {len(groups) - MOST_GROUPS} more groups in report.json"
     if report.other is not None and report.compared:
@@ -102,7 +113,7 @@ def _summary(report: Report) -> Any:
     both = {c.own.name: c for c in report.compared}
     table = _grid("Scores", "", "rows", "model", "95 % interval", report.other_name, "difference", "p")
     for m in report.measured:
-        line = [m.title, str(len(m.rows)), m.tell(m.value), told(m, report.intervals[m.name])]
+        line = [m.title, str(len(m.rows)), m.tell(m.value), _brief(m, report.intervals[m.name])]
         if c := both.get(m.name):
             line += [m.tell(c.other.value), _difference(m, c.paired), f"{c.paired.p_value:.4f}"]
         table.add_row(*line)
@@ -110,8 +121,8 @@ def _summary(report: Report) -> Any:
 
 
 def _difference(m: Measured, test: Any) -> str:
-    around = "" if np.isnan(test.low) else f" ({change(m, test.low)} to {change(m, test.high)})".replace(" pts", "")
-    return change(m, test.difference) + around
+    around = "" if np.isnan(test.low) else f" ({change(m, test.low)} to {change(m, test.high)})"
+    return (change(m, test.difference) + around).replace(" pts", "")
 
 
 def _groups(report: Report, by: str, groups: list[Group]) -> Any:

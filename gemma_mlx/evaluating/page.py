@@ -19,7 +19,7 @@ import numpy as np
 from gemma_mlx.alignment import Word, coloured
 from gemma_mlx.data.examples import Example
 from gemma_mlx.evaluating import console
-from gemma_mlx.evaluating.console import of_group, remarks, told
+from gemma_mlx.evaluating.console import nothing_to_group, of_group, remarks, told
 from gemma_mlx.evaluating.measuring import cleaner, row_errors
 from gemma_mlx.evaluating.page_media import EMBEDDED, FOLDER, Shelf
 from gemma_mlx.evaluating.report import PAGE, Report
@@ -113,6 +113,9 @@ def _top(report: Report) -> Iterable[str]:
     yield _scores(report)
     yield from (f'<p class="quiet">{escape(line)}</p>' for line in remarks(report))
     for by, groups in report.groups.items():
+        if not groups:
+            yield f'<p class="quiet">{escape(nothing_to_group(by))}</p>'
+            continue
         yield f"<h2>By {escape(by)}</h2>"
         heads = ["", "rows", *(m.title for m in report.measured)]
         lines = []

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,9 +232,12 @@ def test_one_row_has_no_interval(tmp_path):
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_tables_keep_to_their_width(width):
-    other = tuple(said(i, p.task, p.reference, "something else " * 30) for i, p in enumerate(TALK, 1))
-    report = Report(tuple(TALK), group_by=("language",), other=other)
+    other = tuple(said(i, p.task, p.reference, f"something else {'x' * 300}") for i, p in enumerate(TALK, 1))
+    likely = [replace(p, likelihood=(90.0 + i, 10, i)) for i, p in enumerate(TALK)]
+    likely_other = tuple(replace(p, likelihood=(5e3, 600, 1)) for p in other)
+    report = Report(tuple(likely), group_by=("language",), other=likely_other)
     assert max(map(len, report.table(width).splitlines())) <= width
+    assert width < 100 or "…" not in report.table(width).partition("normaliser:")[0]
     assert "[bold]" in Report((said(1, "answer", "x", "[bold]y[/]"), TALK[3])).table(width)
 
 
