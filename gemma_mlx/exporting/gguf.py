@@ -67,6 +67,8 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         check_packages()
         lines, towers = _converted(source, folder, options, spec, file, kind)
     write_modelfile(folder, [file.name, *([towers.name] if towers else [])], None, spec, source.base)
+    if towers:
+        lines += notes(spec)
     return [*lines, command(file.name, towers.name if towers else None, None)]
 
 
@@ -132,6 +134,16 @@ def prepare(tree: Path, spec: ModelSpec) -> list[str]:
 def has_towers(config: dict[str, Any]) -> bool:
     """Whether a config.json names a tower."""
     return any(config.get(part) for part in ("vision_config", "audio_config"))
+
+
+def notes(spec: ModelSpec) -> list[str]:
+    """Where llama.cpp reads media otherwise than the checkpoint means it."""
+    if spec.config.get("vision_config") and not getattr(spec.text, "bidirectional_vision", True):
+        return [
+            "llama.cpp lets all slots of a picture see each other, which this checkpoint does not: answers to pictures "
+            "may differ from those here"
+        ]
+    return []
 
 
 def expected_bytes(tree: Path, kind: str) -> int:
