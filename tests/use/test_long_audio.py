@@ -326,7 +326,7 @@ def asked(path):
     return [{"role": "user", "content": content}]
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_concatenation_is_transcribed_as_its_clips_one_by_one(demo, tmp_path, count):
     model, processor = demo
     r = np.random.default_rng(0)
@@ -353,11 +353,11 @@ def test_a_concatenation_is_transcribed_as_its_clips_one_by_one(demo, tmp_path, 
 def test_pieces_are_answered_as_files_of_the_same_samples(demo, tmp_path):
     """Two pieces at a time, of a clip that is cut where there is no long pause; the oracle reads files of its cuts."""
     model, processor = demo
-    whole = np.concatenate([np.concatenate([load_audio(path), np.zeros(4800, np.float32)]) for path in demo_clips(12)])
+    whole = np.concatenate([np.concatenate([load_audio(path), np.zeros(4800, np.float32)]) for path in demo_clips(9)])
     soundfile.write(tmp_path / "a.wav", whole, RATE, subtype="FLOAT")
     options = {"piece_seconds": 4.0, "edge_seconds": (0.1, 0.2), "settings": Settings(max_tokens=12)}
     found = transcribe(model, processor, tmp_path / "a.wav", batch_size=2, prompt="Write it down.", **options)
-    assert len(found.pieces) >= 4 and len({piece.text for piece in found.pieces}) >= 3
+    assert len(found.pieces) >= 3 and len({piece.text for piece in found.pieces}) >= 3
     questions = []
     for i, piece in enumerate(found.pieces):
         assert piece.end_s - piece.start_s <= 4
