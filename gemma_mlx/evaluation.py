@@ -89,7 +89,7 @@ def evaluate(
     normalizer(normalize)
     _check_comparison(model, compare)
     asking = Asking(max_tokens, batch_size, without_media, likelihood)
-    wanted = [*group_by, *([cluster_by] if cluster_by else [])]
+    wanted = dict.fromkeys(group_by, "--group-by") | ({cluster_by: "--cluster-by"} if cluster_by else {})
     with _fetching(data, reading):
         rated = read_rows(data, reading, wanted, limit, likelihood, language or "")
         earlier = earlier_answers(Path(compare), rated.examples) if compare and _is_file(compare) else []

@@ -72,7 +72,7 @@ def earlier_answers(path: Path, rows: Sequence[Example]) -> list[tuple[str, str]
             for line in lines:
                 there.setdefault(line["row_id"], []).append(line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--compare {path}: cannot be read ({error})") from None
+        raise InputError(f"--compare {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return [_of_row(path, row, there.get(row.row_id, [])) for row in rows]
 
 

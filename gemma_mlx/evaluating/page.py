@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path, PurePath
@@ -21,7 +20,7 @@ from gemma_mlx.data.examples import Example
 from gemma_mlx.evaluating import console
 from gemma_mlx.evaluating.console import nothing_to_group, of_group, remarks, told
 from gemma_mlx.evaluating.measuring import cleaner, row_errors
-from gemma_mlx.evaluating.page_media import EMBEDDED, FOLDER, Shelf
+from gemma_mlx.evaluating.page_media import EMBEDDED, Shelf
 from gemma_mlx.evaluating.report import PAGE, Report
 from gemma_mlx.files import write_whole
 
@@ -43,7 +42,7 @@ def write_page(
     folder: Path, report: Report, examples: Sequence[Example], processor: Any, rows: int = ROWS,
     media_rows: int = MEDIA_ROWS, room: int = EMBEDDED,
 ) -> None:  # fmt: skip
-    """Write ``report.html`` into ``folder``, and media that have no room in it into ``media/``.
+    """Write ``report.html`` into ``folder``, and media that have no room in it into ``report_media/``.
 
     Args:
         examples: of the report's predictions, one each.
@@ -51,7 +50,6 @@ def write_page(
         rows, media_rows: see `ROWS`.
         room: bytes of media inside the page.
     """
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of an earlier page
     order = _worst_first(report.errors)
     shown, playable = order[:rows], _playable(order[:rows], examples, media_rows)
     shelf = Shelf(folder, processor, room)

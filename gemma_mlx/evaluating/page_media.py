@@ -21,14 +21,14 @@ from gemma_mlx.spec import SAMPLE_RATE
 
 EMBEDDED = 24 << 20
 """Bytes of media inside a page; what comes after lies in files beside it."""
-FOLDER = "media"
+FOLDER = "report_media"
 SIDE = 512
 """Pixels of a picture's longer side, at most."""
 VIDEO_FRAMES = 4
 
 
 class Shelf:
-    """Where the media of a page lie.
+    """Where the media of a page lie; those of an earlier page in this folder go.
 
     Args:
         folder: the page's.
@@ -39,6 +39,8 @@ class Shelf:
     def __init__(self, folder: Path, processor: Any, room: int = EMBEDDED):
         self.folder, self.processor, self.room = folder, processor, room
         self.files = 0
+        for old in (folder / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9].*"):
+            old.unlink()
 
     def of_row(self, example: Example) -> list[tuple[str, str, str]]:
         """(tag "audio", "img" or "none", address, what it is in words) of each medium of a row; "none" where it cannot

@@ -49,7 +49,7 @@ class Rated:
 def read_rows(
     data: str | Path | Sequence[Example],
     reading: Mapping[str, Any],
-    by: Collection[str],
+    by: Mapping[str, str],
     limit: int | None = None,
     texts: bool = False,
     language: str = "",
@@ -59,7 +59,7 @@ def read_rows(
     Args:
         data: see `gemma_mlx.evaluation.evaluate`.
         reading: options of `Rows`.
-        by: what they shall be grouped by: of `KNOWN`, or columns of the data.
+        by: what they shall be told apart by, of `KNOWN` or columns of the data; each with the flag that asks for it.
         limit: only the first so many.
         texts: whether rows of mere text are let in.
         language: of rows that name none.
@@ -90,14 +90,14 @@ def read_rows(
     return Rated(examples, known)
 
 
-def _check_columns(asked: Collection[str], there: Sequence[str]) -> None:
+def _check_columns(asked: Mapping[str, str], there: Sequence[str]) -> None:
     """Refuse columns that do not exist."""
-    for name in asked:
+    for name, flag in asked.items():
         if name not in KNOWN and name not in there:
             choices = [*KNOWN, *(c for c in there if c not in KNOWN)]
             close = difflib.get_close_matches(name, choices, 3, 0.5)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(choices)}"
-            raise InputError(f"--group-by {name}: no such column; {hint}")
+            raise InputError(f"{flag} {name}: no such column; {hint}")
 
 
 def _known(table: str, row: Mapping[str, Any], by: Collection[str], language: str) -> Known:

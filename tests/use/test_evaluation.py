@@ -338,7 +338,7 @@ def test_an_earlier_file_is_another_side(checkpoint_folder, loaded, scored, tune
         ({"normalize": "wisper"}, "normalize: expected whisper"),
         ({"group_by": ["durration"]}, "--group-by durration: no such column; did you mean 'duration'"),
         ({"group_by": ["questionn"]}, "did you mean 'question'"),
-        ({"cluster_by": "zz"}, "no such column; known: language"),
+        ({"cluster_by": "zz"}, "--cluster-by zz: no such column; known: language"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_answer(loaded, scored, tmp_path, monkeypatch, options, told):

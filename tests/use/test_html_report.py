@@ -110,7 +110,7 @@ def test_every_clip_plays_and_every_picture_shows(page, scored):
         with Image.open(io.BytesIO(decoded(tag["src"]))) as seen:
             wanted = load_image(by_name[tag["title"]].path)
             assert seen.format == "JPEG" and (seen.height, seen.width) == wanted.shape[:2]
-    assert not (folder / "media").exists()
+    assert not (folder / "report_media").exists()
 
 
 def test_nothing_comes_from_elsewhere(page):
@@ -230,15 +230,19 @@ def test_many_rows_keep_the_worst_and_some_others(tmp_path, pictures, checkpoint
 
 def test_media_without_room_lie_beside_the_page(tmp_path, pictures, checkpoint_folder):
     predictions = [Prediction(e.row_id, e.where, "answer", e.reference, "x") for e in pictures]
+    beside_it = tmp_path / "report_media"
+    beside_it.mkdir()
+    (beside_it / "00099.jpg").write_bytes(b"of an earlier page")
     (tmp_path / "media").mkdir()
-    (tmp_path / "media" / "old.jpg").write_bytes(b"of an earlier page")
+    (tmp_path / "media" / "00001.jpg").write_bytes(b"somebody's own")
     parsed = write(tmp_path, predictions, pictures, Processor(checkpoint_folder), room=100_000)
     addresses = [t["src"] for t in parsed.all("img")]
     inside = [a for a in addresses if a.startswith("data:")]
     beside = [a for a in addresses if not a.startswith("data:")]
     assert inside and beside and len(addresses) == 40
     assert sum(len(decoded(a)) for a in inside) <= 100_000
-    assert {f"media/{p.name}" for p in (tmp_path / "media").iterdir()} == set(beside)
+    assert {f"report_media/{p.name}" for p in beside_it.iterdir()} == set(beside)
+    assert (tmp_path / "media" / "00001.jpg").exists()
     for address in beside:
         with Image.open(tmp_path / address) as seen:
             assert seen.format == "JPEG" and max(seen.size) <= 512
