@@ -150,9 +150,7 @@ def place(
         n_keys = length + (0 if cache is None else cache.held(kind))
         if length == 1 and segment_ids is None:  # all that a layer holds is near enough
             least, own = mx.array(mx.finfo(dtype).min, dtype), mx.array(0, dtype)
-            masks[kind] = (
-                None if valid is None else mx.where(valid[:, None, None, -n_keys:], own, least)
-            )
+            masks[kind] = None if valid is None else mx.where(valid[:, None, None, -n_keys:], own, least)
             continue
         own_runs = runs if kind == SLIDING or spec.vision_runs == "all" else None
         if valid is None and own_runs is None and cache is None and length > block_size():
