@@ -11,7 +11,8 @@ from gemma_mlx.evaluating.likelihood import row_likelihoods
 BOUND = 1e-4
 """Relative, of a row's summed cross entropies. Logits agree within 2e-4 (test_logits.py)."""
 ROWS = {
-    **CASES,
+    **{name: CASES[name] for name in ("text", "right-padded batch", "1 and 2 images per row", "everything")},
+    "two clips over a batch": CASES["two clips over a batch, shorter first"],
     "a video beside text": [[30], [2, video(2, 6, 6), 9]],
     "rows of 1 to 40 labels": [[1], [3, image(6, 6), 40], [5, audio(61), 2]],
 }

@@ -292,7 +292,7 @@ def tuned(checkpoint_folder, rows, tmp_path_factory):
 
 
 def answers_of(loaded, scored, **options):
-    return [p.prediction for p in evaluate(*loaded, scored, max_tokens=4, **options).predictions]
+    return [p.prediction for p in evaluate(*loaded, scored, max_tokens=3, limit=4, **options).predictions]
 
 
 @pytest.mark.parametrize("side", ["base", "adapter"])
@@ -301,7 +301,7 @@ def test_another_side_answers_as_it_does_alone(checkpoint_folder, scored, tuned,
     compare, name = ("base", "base") if side == "base" else (tuned[1], "other")
     alone = load(checkpoint_folder) if side == "base" else load(checkpoint_folder, adapter=tuned[1])
     own = answers_of((model, processor), scored)
-    report = evaluate(model, processor, scored, max_tokens=4, compare=compare, likelihood=True)
+    report = evaluate(model, processor, scored, max_tokens=3, limit=4, compare=compare, likelihood=True)
     assert [p.prediction for p in report.predictions] == own
     assert [p.prediction for p in report.other] == answers_of(alone, scored) != own
     assert report.other_name == name and {"wer", "perplexity"} <= {c.own.name for c in report.compared}
@@ -310,10 +310,10 @@ def test_another_side_answers_as_it_does_alone(checkpoint_folder, scored, tuned,
 
 def test_an_earlier_file_is_another_side(checkpoint_folder, loaded, scored, tuned, tmp_path):
     model, processor = load(checkpoint_folder, adapter=tuned[0])
-    before = evaluate(*loaded, scored, tmp_path / "before", max_tokens=4)
+    before = evaluate(*loaded, scored, tmp_path / "before", max_tokens=2, limit=4)
     file = tmp_path / "before" / "predictions.csv"
-    report = evaluate(model, processor, scored, max_tokens=4, compare=file)
-    both = evaluate(model, processor, scored, max_tokens=4, compare="base")
+    report = evaluate(model, processor, scored, max_tokens=2, limit=4, compare=file)
+    both = evaluate(model, processor, scored, max_tokens=2, limit=4, compare="base")
     assert report.other == tuple(p for p in before.predictions) and report.other_name == "earlier"
     assert [c.paired for c in report.compared] == [c.paired for c in both.compared]
     text = file.read_text()
@@ -324,7 +324,7 @@ def test_an_earlier_file_is_another_side(checkpoint_folder, loaded, scored, tune
     ):
         file.write_text(changed)
         with pytest.raises(InputError, match=told):
-            evaluate(model, processor, scored, max_tokens=4, compare=file)
+            evaluate(model, processor, scored, max_tokens=2, limit=4, compare=file)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from gemma_mlx.evaluation import FINISHED, FINISHED_OTHER, evaluate
 from gemma_mlx.lora import apply_lora, lora_layers
 from gemma_mlx.models.load import load
 
-OPTIONS = {"max_tokens": 4, "batch_size": 4}
+OPTIONS = {"max_tokens": 2, "batch_size": 4, "page": False}
+COUNT = 60
+"""Rows: four chunks of 16."""
 
 
 def write_rows(path, count, seed=0):
@@ -44,7 +46,7 @@ def loaded(checkpoint_folder):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("questions") / "test.csv", 100)
+    return write_rows(tmp_path_factory.mktemp("questions") / "test.csv", COUNT)
 
 
 @pytest.fixture
@@ -74,33 +76,38 @@ def files(folder):
 
 def test_stopped_again_and_again_it_gives_the_same_bytes(loaded, questions, asked, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    evaluate(*loaded, questions, whole, **OPTIONS)
-    assert len(asked) == 100
+    evaluate(*loaded, questions, whole, **{**OPTIONS, "page": True})
+    assert len(asked) == COUNT
     asked.clear()
-    for chunks in (1, 0, 2, 1):
+    for chunks in (1, 0, 2):
         asked.stop_before = chunks
         with pytest.raises(KeyboardInterrupt):
             evaluate(*loaded, questions, parts, **OPTIONS)
         assert not files(parts)
     asked.stop_before, seen = None, []
-    report = evaluate(*loaded, questions, parts, **OPTIONS, progress=lambda *at: seen.append(at))
-    assert len(asked) == 100 and len(set(asked)) == 100
-    assert files(parts) == files(whole) and len(report.predictions) == 100
-    assert seen[-1] == (100, 100) and seen[0][0] > 0
+    report = evaluate(*loaded, questions, parts, **{**OPTIONS, "page": True}, progress=lambda *at: seen.append(at))
+    assert len(asked) == COUNT and len(set(asked)) == COUNT
+    assert len(files(parts)) == 3 and files(parts) == files(whole) and len(report.predictions) == COUNT
+    assert seen[-1] == (COUNT, COUNT) and seen[0][0] > 0
     asked.clear()
     evaluate(*loaded, questions, parts, **OPTIONS, normalize="none", metrics=["chrf"])
     assert not asked, "other scores of the same answers"
     assert json.loads((parts / "report.json").read_text())["normalize"] == "none"
 
 
-@pytest.mark.parametrize("cut", [1, 2, 17, 80])
-def test_a_torn_line_is_a_chunk_to_do_again(loaded, questions, asked, tmp_path, cut):
-    evaluate(*loaded, questions, tmp_path, **OPTIONS)
-    before, ledger = files(tmp_path), tmp_path / FINISHED
-    data = ledger.read_bytes()
+@pytest.fixture(scope="module")
+def all_finished(loaded, questions, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all finished")
+    evaluate(*loaded, questions, folder, **OPTIONS)
+    return folder
+
+
+@pytest.mark.parametrize("cut", [1, 17])
+def test_a_torn_line_is_a_chunk_to_do_again(loaded, questions, all_finished, asked, tmp_path, cut):
+    before, ledger = files(all_finished), tmp_path / FINISHED
+    data = (all_finished / FINISHED).read_bytes()
     ledger.write_bytes(data[:-cut])
     last = {record["i"] for record in json.loads(data.splitlines()[-1])}
-    asked.clear()
     evaluate(*loaded, questions, tmp_path, **OPTIONS)
     assert set(asked) == {f"row-{i}" for i in last} and len(asked) == len(last)
     assert files(tmp_path) == before and ledger.read_bytes() == data
@@ -122,7 +129,7 @@ def finished(loaded, questions, tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"max_tokens": 5}, r"max_tokens 4, now 5"),
+        ({"max_tokens": 5}, r"max_tokens 2, now 5"),
         ({"batch_size": 8}, r"batch_size 4, now 8"),
         ({"without_media": True}, r"without_media False, now True"),
         ({"likelihood": True}, r"likelihood False, now True"),
@@ -171,10 +178,9 @@ def test_restart_answers_all_again(loaded, questions, asked, tmp_path):
     assert len(asked) == 5
 
 
-def test_a_damaged_line_is_told(loaded, questions, tmp_path):
-    evaluate(*loaded, questions, tmp_path, **OPTIONS)
+def test_a_damaged_line_is_told(loaded, questions, all_finished, tmp_path):
     ledger = tmp_path / FINISHED
-    lines = ledger.read_bytes().splitlines(keepends=True)
+    lines = (all_finished / FINISHED).read_bytes().splitlines(keepends=True)
     ledger.write_bytes(lines[0] + b"[{\n" + b"".join(lines[2:]))
     with pytest.raises(InputError, match=r"finished\.jsonl:2: damaged.*--restart"):
         evaluate(*loaded, questions, tmp_path, **OPTIONS)
