@@ -160,10 +160,27 @@ def write_modelfile(folder: Path, files: list[str], adapter: str | None, spec: M
     start, end = (TURN_OPEN, TURN_CLOSE) if new else (OLD_OPEN, OLD_CLOSE)
     lines = [f"FROM ./{file}" for file in files]
     lines += [f"ADAPTER ./{adapter}"] if adapter else []
-    role = '{{ if eq .Role "assistant" }}model{{ else }}' + ("{{ .Role }}" if new else "user") + "{{ end }}"
-    turns = f"{{{{ range .Messages }}}}{start}{role}\n{{{{ .Content }}}}{end}\n{{{{ end }}}}{start}model\n"
-    lines += [f'TEMPLATE """{turns}"""', f'PARAMETER stop "{end}"']
+    lines += [f'TEMPLATE """{turns(start, end, system_turn=new)}"""', f'PARAMETER stop "{end}"']
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def turns(start: str, end: str, system_turn: bool) -> str:
+    """A conversation in Ollama's template language; without system turns, what they say comes before the first user's.
+
+    Args:
+        start: opens a turn.
+        end: closes it.
+        system_turn: the format has a turn of that name.
+    """
+    role = '{{ if eq .Role "assistant" }}model{{ else }}' + ("{{ .Role }}" if system_turn else "user") + "{{ end }}"
+    if system_turn:
+        return f"{{{{ range .Messages }}}}{start}{role}\n{{{{ .Content }}}}{end}\n{{{{ end }}}}{start}model\n"
+    return (
+        "{{ $open := false }}{{ range .Messages }}"
+        f'{{{{ if eq .Role "system" }}}}{start}user\n{{{{ .Content }}}}\n\n{{{{ $open = true }}}}{{{{ else }}}}'
+        f"{{{{ if not $open }}}}{start}{role}\n{{{{ end }}}}{{{{ .Content }}}}{end}\n{{{{ $open = false }}}}"
+        f"{{{{ end }}}}{{{{ end }}}}{start}model\n"
+    )
 
 
 def command(model: str, towers: str | None, adapter: str | None, template: str | None = None) -> str:

@@ -77,7 +77,8 @@ def convert(tree: Path, outfile: Path, kind: str, mmproj: bool, say: Reporter) -
             process.kill()
             process.wait()
     if failed:
-        raise InputError(f"--format gguf: llama.cpp's converter does not take this model: {reason(said)}")
+        what = "these towers (--no-mmproj leaves them out)" if mmproj else "this model"
+        raise InputError(f"--format gguf: llama.cpp's converter does not take {what}: {reason(said)}")
 
 
 def _lines(stream: IO[bytes]) -> Iterator[str]:

@@ -88,14 +88,16 @@ def logits(model, ids) -> np.ndarray:
     return np.array(model(input_ids=mx.array([ids]), mm_token_type_ids=mx.zeros((1, len(ids)), mx.int32)))[0]
 
 
-def compared(what: str, ours: np.ndarray, file: Path, ids: list[int], lora: tuple[Path, ...] = ()) -> float:
-    """The smallest cosine over positions of our logits and llama.cpp's; prints it."""
+def compared(
+    what: str, ours: np.ndarray, file: Path, ids: list[int], lora: tuple[Path, ...] = ()
+) -> tuple[float, float]:
+    """(smallest cosine over positions, largest difference) of our logits and llama.cpp's; prints them."""
     with llama.Model(file, lora) as model:
         theirs = model.logits(ids)[:, : ours.shape[1]]
         assert set(model.settings()) == {"f32"}
     cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    far = float(np.abs(ours - theirs).max())
     print(
-        f"{what}: cosine >= {cosine.min():.7f} over {len(ids)} positions, difference <= "
-        f"{np.abs(ours - theirs).max():.1e}, std {ours.std():.2f}"
+        f"{what}: cosine >= {cosine.min():.7f} over {len(ids)} positions, difference <= {far:.1e}, std {ours.std():.2f}"
     )
-    return float(cosine.min())
+    return float(cosine.min()), far

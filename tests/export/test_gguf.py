@@ -18,10 +18,12 @@ from gguf_pairs import QUIET, compared, logits, pair
 
 import gemma_mlx.exporting.gguf_converter as converter
 from gemma_mlx import gguf_file
+from gemma_mlx.adapters.attach import attach
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting import gguf, gguf_lora, gguf_tokenizer, peft
 from gemma_mlx.exporting.gguf_limits import check_limits
 from gemma_mlx.exporting.options import Source
+from gemma_mlx.models.gemma4 import text
 from gemma_mlx.spec import read_spec
 
 LIMIT = 0.9999
@@ -32,17 +34,29 @@ def e2b(tmp_path_factory):
     return pair("E2B", tmp_path_factory.mktemp("e2b"))
 
 
-def test_a_merged_gemma_4_in_llama_cpp(e2b, tmp_path):
+def table_gelu(gate, x):
+    """GELU as llama.cpp computes it on a CPU: looked up in a table of float16, beyond ±10 exactly."""
+    g = gate.astype(mx.float16).astype(mx.float32)
+    found = 0.5 * g * (1 + mx.tanh(0.7978845608 * g * (1 + 0.044715 * g * g)))
+    found = found.astype(mx.float16).astype(mx.float32)
+    return mx.where(gate <= -10, 0.0, mx.where(gate >= 10, gate, found)) * x
+
+
+def test_a_merged_gemma_4_in_llama_cpp(e2b, tmp_path, monkeypatch):
     """Per-layer embeddings, shared keys, both windows, softcap: each position, six times beyond the window.
 
-    llama.cpp looks GELU up in a table of float16, which is nearly all of the difference that is left.
+    What is left is mostly llama.cpp's GELU: with the same table here the difference is a quarter or less.
     """
     file, lines = e2b.export(tmp_path / "out", mmproj=False)
     assert file.name == "tiny-adapter-f32.gguf" and f"llama-server -m {file.name}" in lines[-1]
     base = logits(pairs.ours("E2B", e2b.base), e2b.ids)
-    cosine = (base * e2b.logits).sum(-1) / np.linalg.norm(base, axis=-1) / np.linalg.norm(e2b.logits, axis=-1)
-    assert cosine.min() < 0.5  # the adapter counts
-    assert compared("E2B merged", e2b.logits, file, e2b.ids) >= LIMIT
+    assert np.abs(base - e2b.logits).max() > 1  # the adapter counts
+    cosine, far = compared("E2B merged", e2b.logits, file, e2b.ids)
+    assert cosine >= LIMIT
+    monkeypatch.setattr(text, "gated_gelu", table_gelu)
+    model = pairs.ours("E2B", e2b.base)
+    attach(model, e2b.adapter)
+    assert compared("E2B merged, GELU from a table here too", logits(model, e2b.ids), file, e2b.ids)[1] < far / 4
     recipe = (tmp_path / "out" / "Modelfile").read_text()
     assert recipe.startswith(f"FROM ./{file.name}\nTEMPLATE ") and "ADAPTER" not in recipe
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # the tree that was converted is gone
@@ -56,9 +70,9 @@ def test_every_family_merged_and_as_an_adapter(name, tmp_path):
     base, _ = both.export(tmp_path / "plain", adapter=False, mmproj=False)
     lora, lines = both.export(tmp_path / "lora", gguf_lora=True)
     assert "rank 3, alpha 6" in lines[0]
-    assert compared(f"{name} merged", both.logits, merged, both.ids) >= LIMIT
-    assert compared(f"{name} LoRA", both.logits, base, both.ids, (lora,)) >= LIMIT
-    assert compared(f"{name} base, for comparison", both.logits, base, both.ids) < LIMIT
+    assert compared(f"{name} merged", both.logits, merged, both.ids)[0] >= LIMIT
+    assert compared(f"{name} LoRA", both.logits, base, both.ids, (lora,))[0] >= LIMIT
+    assert compared(f"{name} base, for comparison", both.logits, base, both.ids)[0] < LIMIT
 
 
 @pytest.mark.slow
@@ -68,7 +82,7 @@ def test_smaller_types(e2b, kind, tmp_path):
     file, _ = e2b.export(tmp_path / "out", gguf_type=kind)
     assert (tmp_path / "out" / f"mmproj-tiny-adapter-{kind}.gguf").is_file()
     limit = {"f16": 0.9999, "bf16": 0.995, "q8_0": 0.98}[kind]
-    assert compared(kind, e2b.logits, file, e2b.ids) >= limit
+    assert compared(kind, e2b.logits, file, e2b.ids)[0] >= limit
 
 
 @pytest.mark.slow
@@ -203,8 +217,8 @@ def test_a_sentencepiece_model_from_tokenizer_json(e2b):
     theirs = sentencepiece.SentencePieceProcessor(model_proto=gguf_tokenizer.sentencepiece(found))
     ours = Tokenizer.from_file(str(e2b.base / "tokenizer.json"))
     assert theirs.vocab_size() == 512 and theirs.unk_id() == ours.token_to_id("<unk>")
-    for text in ("Repeat: alfa bravo", "echo golf", "hotelindia", "ünïcode 日本 x", "a b"):
-        assert theirs.encode(text) == ours.encode(text, add_special_tokens=False).ids, text
+    for said in ("Repeat: alfa bravo", "echo golf", "hotelindia", "ünïcode 日本 x", "a b"):
+        assert theirs.encode(said) == ours.encode(said, add_special_tokens=False).ids, said
 
 
 def test_merges_for_a_tokenizer_of_whole_words():
@@ -212,8 +226,8 @@ def test_merges_for_a_tokenizer_of_whole_words():
     words = ["user", "▁user", "use", "▁in", "in", "▁inner", "line", "▁line", "ne"]
     ranks = {pair: i for i, pair in enumerate(gguf_tokenizer.whole_words(words))}
 
-    def cut(text):
-        parts = list(text)
+    def cut(said):
+        parts = list(said)
         while best := min(((ranks[p], i) for i, p in enumerate(pairwise(parts)) if p in ranks), default=None):
             parts[best[1] : best[1] + 2] = [parts[best[1]] + parts[best[1] + 1]]
         return parts
@@ -241,5 +255,5 @@ def test_demo_words_in_llama_cpp(tmp_path):
             "<bos><|turn>user\nTranscribe the following speech segment in its original language.<turn|>\n<|turn>model",
             "Which digit is this?", "What is shown in the picture? Answer with only one word.",
         ]  # fmt: skip
-        for text in texts:
-            assert model.ids(text) == ours.encode(text, add_special_tokens=False).ids, text
+        for said in texts:
+            assert model.ids(said) == ours.encode(said, add_special_tokens=False).ids, said
