@@ -13,11 +13,12 @@ from typing import Any
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.card import write_card
-from gemma_mlx.exporting.manifest import bytes_of, write_manifest
+from gemma_mlx.exporting.manifest import bytes_of, files_of, write_manifest
 from gemma_mlx.exporting.options import FORMATS, ExportOptions, Source
 from gemma_mlx.exporting.push import check_push, push
 from gemma_mlx.exporting.source import find_source
 from gemma_mlx.exporting.tensors import check_space
+from gemma_mlx.files import flush
 from gemma_mlx.progress import Reporter, megabytes
 from gemma_mlx.signals import terminated
 
@@ -149,6 +150,8 @@ def sibling(out: Path) -> Iterator[Path]:
 def publish(folder: Path, out: Path) -> None:
     """Put a finished folder in its place; what was there goes once it is."""
     folder.chmod(0o755)
+    for file in files_of(folder).values():
+        flush(file)
     old = None
     if out.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))

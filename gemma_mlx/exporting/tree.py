@@ -127,7 +127,7 @@ def rows_of(model: Any, name: str) -> Rows:
     if isinstance(module, LoRALinear):
         return partial(merged_rows, module) if leaf == "weight" else partial(_slice, module.linear[leaf])
     if isinstance(module, DiskTable):
-        return partial(_table_rows, module)
+        return partial(_table_rows, module.in_dtype(mx.float32) if module.packed else module)
     if isinstance(module, ExpertStacks) and leaf not in module and leaf == GATE_UP:
         return partial(_joined, module[GATE], module[UP])
     held = module[leaf]

@@ -80,6 +80,10 @@ class DiskTable(nn.Module):
             raise RuntimeError("rows of a table on disk: ids are being traced; read the rows before, outside")
         return self._rows(known)
 
+    def in_dtype(self, dtype: mx.Dtype) -> DiskTable:
+        """The same table with rows that come out in another dtype; a packed one is unpacked in it."""
+        return type(self)(self._stored, dtype, *self._form)
+
     def whole(self) -> mx.array:
         """All rows, in memory."""
         return self._rows(np.arange(self._stored["weight"].shape[0]))

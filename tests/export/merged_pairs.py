@@ -78,3 +78,9 @@ def tensors(folder):
     found = {name: files[file][name] for name, file in places.items()}
     assert sum(len(f) for f in files.values()) == len(found)
     return found
+
+
+def fast(quick, *every):
+    """Parameters of which all but some run with the slow tests."""
+    return [value if value in quick else pytest.param(*(value if isinstance(value, tuple) else (value,)),
+            marks=pytest.mark.slow) for value in every]  # fmt: skip

@@ -86,6 +86,7 @@ def test_an_upload_arrives_byte_for_byte(hub, tmp_path):
     assert len(hub.objects) == 1  # the weights went by LFS
 
 
+@pytest.mark.slow
 def test_a_refused_upload_is_one_line_and_the_export_stays(hub, tmp_path):
     done = pushed(hub, tmp_path, "--push-to-hub", "me/other", token="hf_wrong")
     last = done.stderr.splitlines()[-1]
@@ -93,6 +94,7 @@ def test_a_refused_upload_is_one_line_and_the_export_stays(hub, tmp_path):
     assert "is whole in" in last and (tmp_path / "out" / "manifest.json").exists() and "me/other" not in hub.files
 
 
+@pytest.mark.slow
 def test_nothing_is_uploaded_without_the_flag(hub, tmp_path):
     hub.asked.clear()
     assert pushed(hub, tmp_path).returncode == 0 and hub.asked == []
