@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemma_mlx.adapters.attach import attached
 from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.data.examples import Example
 from gemma_mlx.data.processor import Processor
@@ -96,7 +97,7 @@ def evaluate(
         prompts = [processor.prompt(e, with_features=False).input_ids for e in rated.examples]
         answered = _Answered(processor, rated, asking, prompts, out, restart, progress, _passes(compare))
         predictions, digests = answered.by(model, FINISHED)
-        about = _about(data, processor, rated, answered.identity, digests, asking)
+        about = _about(data, model, processor, answered, digests) | ({"compare": str(compare)} if compare else {})
         report = Report(
             predictions, normalize, tuple(metrics), tuple(group_by), cluster_by,
             *_other(model, compare, earlier, predictions, answered), about,
@@ -201,12 +202,13 @@ def _other(
 
 
 def _about(
-    data: Any, processor: Processor, rated: Rated, identity: dict[str, str], digests: dict[str, str], asking: Asking
-) -> dict[str, Any]:
+    data: Any, model: Any, processor: Processor, answered: _Answered, digests: dict[str, str]
+) -> dict[str, Any]:  # fmt: skip
     """What was evaluated on what, and how."""
     source = str(data) if isinstance(data, str | Path) else "examples"
+    adapter = {"adapter": list(attached(model).names), "adapter_sha256": digests["adapter"]}
     return {
-        "data": {"source": source, "rows": len(rated), "sha256": identity["data"]},
-        "model": {"folder": str(processor.folder), "sha256": digests["model"], "adapter_sha256": digests["adapter"]},
-        "settings": asking.told(),
+        "data": {"source": source, "rows": len(answered.rated), "sha256": answered.identity["data"]},
+        "model": {"folder": str(processor.folder), "sha256": digests["model"], **adapter},
+        "settings": answered.asking.told(),
     }

@@ -104,10 +104,11 @@ def _cap(count: int, shown: int, playable: set[int], examples: Sequence[Example]
 
 def _top(report: Report) -> Iterable[str]:
     """Scores, what must be known beside them, and groups."""
-    about = report.about
-    for what, known in (("Data", about.get("data", {}).get("source")), ("Model", about.get("model", {}).get("folder"))):
-        if known:
-            yield f'<p class="quiet">{what}: {escape(str(known))}</p>'
+    model = report.about.get("model", {})
+    known = {"Data": report.about.get("data", {}).get("source"), "Model": model.get("folder")}
+    known |= {"Adapter": ", ".join(model.get("adapter", ())), "Compared with": report.about.get("compare")}
+    told_of = "<br>".join(f"{what}: {escape(str(value))}" for what, value in known.items() if value)
+    yield f'<p class="quiet">{told_of}</p>'
     yield _scores(report)
     yield from (f'<p class="quiet">{escape(line)}</p>' for line in remarks(report))
     for by, groups in report.groups.items():

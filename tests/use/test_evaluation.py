@@ -14,6 +14,7 @@ from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.data.features import log_mel
 from gemma_mlx.errors import InputError
+from gemma_mlx.evaluating.identity import model_digests
 from gemma_mlx.evaluation import Prediction, Report, evaluate, muted
 from gemma_mlx.generation import generate
 from gemma_mlx.models.load import load
@@ -306,6 +307,17 @@ def test_another_side_answers_as_it_does_alone(checkpoint_folder, scored, tuned,
     assert [p.prediction for p in report.other] == answers_of(alone, scored) != own
     assert report.other_name == name and {"wer", "perplexity"} <= {c.own.name for c in report.compared}
     assert answers_of((model, processor), scored) == own
+
+
+def test_the_report_says_what_was_compared(checkpoint_folder, scored, tuned, tmp_path):
+    model, processor = load(checkpoint_folder, adapter=tuned[0])
+    evaluate(model, processor, scored, tmp_path, max_tokens=1, limit=2, compare="base")
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["model"]["adapter"] == [str(tuned[0])] and told["compare"] == "base"
+    digests = model_digests(load(checkpoint_folder)[0])
+    assert told["model"]["sha256"] == digests["model"] and digests["adapter"] == "none"
+    assert told["data"]["source"] == str(scored) and told["settings"]["batch_size"] == "8"
+    assert f"Adapter: {tuned[0]}" in (tmp_path / "report.html").read_text()
 
 
 def test_an_earlier_file_is_another_side(checkpoint_folder, loaded, scored, tuned, tmp_path):

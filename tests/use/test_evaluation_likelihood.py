@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gemma_mlx.data.batches import collate
 from gemma_mlx.data.dataset import read_examples
+from gemma_mlx.data.examples import Example, Text, Turn
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.errors import InputError
 from gemma_mlx.evaluation import evaluate
@@ -28,10 +30,7 @@ def report(checkpoint_folder, rows):
 
 def alone(theirs, processor, example):
     """(nats, labels, right) of one row, its labels on the last model turn, from transformers' loss."""
-    sample = processor.sample(example)
-    from gemma_mlx.data.batches import collate
-
-    batch = collate([sample], pad_id=processor.pad_id)
+    batch = collate([processor.sample(example)], pad_id=processor.pad_id)
     found = theirs.run(batch)
     labels = torch.tensor(batch.labels[0, 1:]).long()
     valid = labels != -100
@@ -63,3 +62,14 @@ def test_without_it_rows_of_text_are_refused(checkpoint_folder, rows):
     model, processor = load(checkpoint_folder)
     with pytest.raises(InputError, match=r"media\.csv:4: nothing but text.*--likelihood"):
         evaluate(model, processor, rows / "media.csv")
+
+
+def test_a_conversation_counts_its_last_answer_alone(checkpoint_folder, theirs):
+    turn = lambda role, text: Turn(role, (Text(text),))  # noqa: E731
+    talk = [turn("user", "one"), turn("model", "alfa bravo charlie"), turn("user", "two"), turn("model", "echo")]
+    example = Example(tuple(talk), "talk:1", "1")
+    model, processor = load(checkpoint_folder)
+    found = evaluate(model, processor, [example], likelihood=True, max_tokens=1).predictions[0].likelihood
+    whole, last = (alone(theirs, Processor(checkpoint_folder, train_on=part), example) for part in ("all", "last"))
+    assert found == (pytest.approx(last[0], rel=1e-4), *last[1:]) and last[1] < whole[1]
+    assert processor.train_on == "all"
