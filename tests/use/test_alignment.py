@@ -111,6 +111,18 @@ def test_colours():
     assert kinds[:3] == ["equal", "substitute", "equal"] and sorted(kinds[3:]) == ["insert", "insert", "substitute"]
 
 
+def test_a_word_of_several_tokens_is_wrong_if_one_of_them_is():
+    before, after = coloured("I can't go", "I can now go", normalizer("whisper", "en"), "en")
+    assert [w.kind for w in before] == ["equal", "substitute", "equal"]
+    assert [w.kind for w in after] == ["equal", "equal", "substitute", "equal"]
+
+
+def test_what_cleaning_together_adds_belongs_to_the_word_before():
+    assert spans("a b", ["a", "x", "b"], str) == [("a ", 0, 2), ("b", 2, 3)]
+    assert spans("a b", ["x", "a", "b", "y"], str) == [("a ", 0, 2), ("b", 2, 4)]
+    assert spans("a b c", ["a", "xy", "c"], str) == [("a ", 0, 1), ("b ", 1, 2), ("c", 2, 3)]
+
+
 def test_letters_of_languages_without_spaces():
     before, after = coloured("你好，世界 OK", "你坏世 ok", normalizer("whisper", "zh"), "Chinese")
     assert [tuple(w) for w in before] == [

@@ -57,6 +57,7 @@ def test_others_are_whispers_basic_form(language, text):
         ("ar", "السَّلامُ عَلَيْكُمْ، مـــرحبا؟", "السلام عليكم مرحبا"),
         ("he", "שָׁלוֹם, עוֹלָם!", "שלום עולם"),
         ("fa", "می\u200cخواهم", "میخواهم"),
+        ("pl", "jeden\u200bdwa \u2068trzy\u2069", "jeden dwa trzy"),
         ("si", "ආයුබෝවන්, ලෝකය", "ආයුබෝවන් ලෝකය"),
         ("bo", "བཀྲ་ཤིས།", "བཀྲ ཤིས"),
         ("yo", "Ẹ́ kú àárọ̀!", "ẹ́ kú àárọ̀"),
@@ -65,6 +66,7 @@ def test_others_are_whispers_basic_form(language, text):
         ("zh", "你好， 世界！", "你好世界"),
         ("zh", "我 喜欢 Machine Learning 课 2 次", "我喜欢machine learning课2次"),
         ("ja", "東京 タワーへ、行こう。", "東京タワーへ行こう"),
+        ("ja", "コーヒー ok 人々 ok あ\u3099 ok", "コーヒーok人々okあ\u3099ok"),
     ],
 )
 def test_words_stay_whole(language, text, expected):
@@ -155,6 +157,7 @@ def test_marks_are_kept():
 def test_tokens():
     assert tokens("สวัสดี", "th") == ["ส", "วั", "ส", "ดี"]
     assert tokens("我用iphone手机 ok", "zh-CN") == ["我", "用", "iphone", "手", "机", "ok"]
+    assert tokens("コーヒー人々", "ja") == ["コ", "ー", "ヒ", "ー", "人", "々"]
     assert tokens("東京", None) == ["東京"]
     assert tokens(" a  b ", "en") == ["a", "b"]
     assert [spaceless(x) for x in ("Chinese", "ja-JP", "lao", "Khmer", "my", "yue", "ko", "hi", None)] == [

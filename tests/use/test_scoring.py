@@ -139,6 +139,11 @@ def test_thousand_pairs(name, thousand):
     assert ours == theirs if name in ("wer", "cer") else ours == pytest.approx(theirs, rel=1e-12)
 
 
+def test_spaces_at_the_ends_do_not_count():
+    for name in ("wer", "cer"):
+        assert METRICS[name].score([" ab  c "], ["ab  c d"]) == ORACLES[name]([" ab  c "], ["ab  c d"]) > 0
+
+
 def test_edits_are_jiwers(thousand):
     references, predictions = thousand
     for name, process in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
