@@ -189,12 +189,11 @@ def _row(processor: Processor, settings: Settings, index: int, prompt_tokens: in
 
 
 def _answer(processor: Processor, settings: Settings, row: Row) -> Answer:
-    if settings.stop:
-        pieces = TextPieces(processor, settings.stop)
-        text = "".join(map(pieces.push, row.ids)) + pieces.end()
-    else:
-        text = processor.decode(row.ids)
-    return Answer(text, tuple(row.ids), row.finish, row.prompt_tokens)
+    if not settings.stop:
+        return Answer(processor.decode(row.ids), tuple(row.ids), row.finish, row.prompt_tokens)
+    pieces = TextPieces(processor, settings.stop)
+    text = "".join(map(pieces.push, row.ids)) + pieces.end()
+    return Answer(text, tuple(row.ids), "stop" if pieces.stopped else row.finish, row.prompt_tokens)
 
 
 def _fresh_seed() -> int:
