@@ -23,7 +23,7 @@ from gemma_mlx.errors import InputError
 from gemma_mlx.exporting import gguf, gguf_lora, gguf_tokenizer, peft
 from gemma_mlx.exporting.gguf_limits import check_limits
 from gemma_mlx.exporting.options import Source
-from gemma_mlx.models.gemma4 import text
+from gemma_mlx.models.gemma4 import experts, text
 from gemma_mlx.spec import read_spec
 
 LIMIT = 0.9999
@@ -64,8 +64,16 @@ def test_a_merged_gemma_4_in_llama_cpp(e2b, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gguf_pairs.MAKERS)
-def test_every_family_merged_and_as_an_adapter(name, tmp_path):
+def test_every_family_merged_and_as_an_adapter(name, tmp_path, monkeypatch):
+    """Of 26B the model here takes GELU from llama.cpp's table too: without it the router's scores differ by 1e-4, one
+    of 48 tokens sits so near a tie that another expert answers there, and its cosine falls to 0.988."""
     both = pair(name, tmp_path)
+    if name == "26B":
+        monkeypatch.setattr(text, "gated_gelu", table_gelu)
+        monkeypatch.setattr(experts, "gated_gelu", table_gelu)
+        model = pairs.ours(name, both.base)
+        attach(model, both.adapter)
+        both.logits = logits(model, both.ids)
     merged, _ = both.export(tmp_path / "merged", mmproj=False)
     base, _ = both.export(tmp_path / "plain", adapter=False, mmproj=False)
     lora, lines = both.export(tmp_path / "lora", gguf_lora=True)
