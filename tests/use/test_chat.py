@@ -277,6 +277,17 @@ def test_adapters_come_and_go_on_one_base(checkpoint_folder, adapter, folder, ca
     assert said(chat)[7] == asked(bare, "hello", one, "hello", two, clip, three, picture).strip()
 
 
+def test_nothing_that_another_adapter_computed_is_used(checkpoint_folder, adapter, capsys):
+    """The same system turn throughout: all of the conversation could be taken for known."""
+    chat = Chat(*gemma_mlx.load(checkpoint_folder, dtype="float32"), SHORT, given={"system"})
+    tuned = gemma_mlx.load(checkpoint_folder, dtype="float32", adapter=adapter)
+    chat.take("hello")
+    chat.take(f"/adapter '{adapter}'")
+    chat.take("hello")
+    one, two = said(chat)[1], said(chat)[3]
+    assert two == asked(tuned, "hello", one, "hello").strip()
+
+
 def test_flags_count_more_than_what_an_adapter_remembers(checkpoint_folder, adapter, folder, capsys):
     model, processor = gemma_mlx.load(checkpoint_folder, dtype="float32")
     prompts = Prompts(system="Mine.")

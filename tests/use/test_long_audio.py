@@ -115,6 +115,40 @@ def test_the_longest_pause_of_the_last_part_is_cut_in_its_middle():
     assert abs(cut(samples, 10)[0].end - 9.0 * RATE) <= 3 * FRAME
 
 
+def test_a_longer_pause_counts_more_than_a_quieter_one():
+    r = np.random.default_rng(12)
+    samples, edges = spoken(r, [7.2, 0.8, 4], [0.3, 0.5, 0.1], -120)
+    room = slice(edges[1][1], edges[2][0])
+    samples[room] += (10 ** (-50 / 20) * r.standard_normal(room.stop - room.start)).astype(np.float32)
+    assert abs(cut(samples, 10)[0].end - (8.3 + 0.25) * RATE) <= 3 * FRAME
+
+
+def test_a_pause_before_the_last_part_counts_more_than_a_short_gap_in_it():
+    """A gap of 0.1 s may be inside a word; a pause of 0.3 s in the middle third is not."""
+    r = np.random.default_rng(13)
+    samples, _ = spoken(r, [4.5, 3.2, 8], [0.3, 0.1, 0.1], -120)
+    assert 4.5 * RATE < cut(samples, 10)[0].end < 4.8 * RATE
+
+
+def test_silence_stays_at_edges_and_no_more_of_it():
+    """Before a sound that begins where a window of silence ends, and behind one before a long pause that is cut."""
+    r = np.random.default_rng(14)
+    samples, edges = spoken(r, [1.0], [1.0], -70)
+    late = cut(np.concatenate([np.zeros(30 * RATE + 800, np.float32), samples]))[0]
+    assert 0.2 * RATE <= 30 * RATE + 800 - late.start <= 0.3 * RATE
+    samples, edges = spoken(r, [7.5, 6], [1.6, 0.5], -70)
+    first, second = cut(samples, 10)
+    assert 0.2 * RATE <= first.end - edges[0][1] <= 0.3 * RATE
+    assert 0.2 * RATE <= edges[1][0] - second.start <= 0.3 * RATE
+
+
+def test_room_noise_behind_digital_silence_is_silence_after_two_minutes():
+    r = np.random.default_rng(15)
+    room = (10 ** (-55 / 20) * r.standard_normal(200 * RATE)).astype(np.float32)
+    found = cut(np.concatenate([np.zeros(35 * RATE, np.float32), room]))
+    assert found and found[-1].end < (35 + 150) * RATE
+
+
 def test_without_a_pause_the_quietest_moment_is_cut():
     r = np.random.default_rng(3)
     samples = (0.1 * r.standard_normal(15 * RATE)).astype(np.float32)

@@ -182,6 +182,13 @@ def test_going_on_gives_the_same_file_and_repeats_nothing(loaded, many, folder, 
     assert sorted(p.name for p in folder.glob("out.jsonl*")) == ["out.jsonl"]
 
 
+def test_a_seed_gives_each_group_its_own(loaded, folder):
+    path, out = write(folder / "in.jsonl", [{"prompt": "say"}] * 8), io.StringIO()
+    answer_file(*loaded, PromptFile(path), out, Answering(Settings(max_tokens=4, temperature=1.0, seed=3), 1))
+    found = [json.loads(line)["answer"] for line in out.getvalue().splitlines()]
+    assert len(set(found)) == 8
+
+
 def test_going_on_with_other_input_or_options_is_refused(loaded, many, folder):
     out = folder / "out.jsonl"
     with pytest.raises(Killed):
