@@ -283,3 +283,19 @@ def test_a_comparison_goes_on_too(checkpoint_folder, questions, asked, tmp_path)
     assert len(asked) == 80 and files(parts) == files(whole)
     first = Path(parts / "predictions.csv").read_text()
     assert "other_prediction" in first.splitlines()[0]
+
+
+def test_a_stopped_command_says_how_it_goes_on(checkpoint_folder, questions, asked, tmp_path, capsys):
+    from gemma_mlx.__main__ import verbs
+    from gemma_mlx.cli.door import enter
+
+    asked.stop_before = 1
+    options = ["--data", questions, "--out", tmp_path, "--max-tokens", 2, "--batch-size", 4, "--no-page"]
+    command = ["evaluate", "--model", checkpoint_folder, *options]
+    assert enter(verbs, list(map(str, command))) == 130
+    assert "the same command goes on" in capsys.readouterr().err and len(asked) == 16
+    asked.stop_before = None
+    assert enter(verbs, list(map(str, command))) == 0
+    assert len(asked) == COUNT == len(set(asked)) and not (tmp_path / "report.html").exists()
+    assert enter(verbs, list(map(str, [*command, "--restart", "--limit", 3]))) == 0
+    assert len(asked) == COUNT + 3
