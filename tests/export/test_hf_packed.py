@@ -59,9 +59,8 @@ def test_a_run_on_a_base_that_was_packed_on_load(name, bits, bases, tmp_path):
     assert np.abs(np.array(after[stored_name(f"{path}.weight")]) - expected).max() < 2e-6
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"), fast([("E2B", 4)], ("E2B", 4), ("26B", 4), ("12B", 8), ("3n", 8), ("E2B", None))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), [("E2B", 4), ("26B", 4), ("12B", 8), ("3n", 8), ("E2B", None)])
 def test_a_conversion_for_mlx_comes_out_as_transformers_has_it(name, bits, bases, tmp_path):
     weights = convert(bases(name), tmp_path / "mlx", bits)
     model, folder = adapted(name, tmp_path / "mlx", tmp_path / "adapter")
