@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+TOWERS = frozenset({"vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder"})
+"""Names of modules beside the decoder."""
+
+
+def in_tower(path: str) -> bool:
+    """Whether a module or tensor lies in a tower or its embedder."""
+    return not TOWERS.isdisjoint(path.split("."))
 
 
 @dataclass(frozen=True)
@@ -71,3 +79,12 @@ class Adapter:
     def dora(self) -> bool:
         """Whether a layer has DoRA's lengths."""
         return any(layer.m is not None for layer in self.layers.values())
+
+    def only(self, keep: Callable[[str], bool]) -> Adapter:
+        """The part of it whose paths `keep` chooses."""
+        return replace(
+            self,
+            layers={path: layer for path, layer in self.layers.items() if keep(path)},
+            modules=tuple(path for path in self.modules if keep(path)),
+            full={name: tensor for name, tensor in self.full.items() if keep(name)},
+        )

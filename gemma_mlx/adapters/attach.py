@@ -131,9 +131,7 @@ def detach(model: nn.Module) -> None:
     state.changes += 1
 
 
-def swap(
-    model: nn.Module, folders: Names | None, weights: Sequence[float] | None = None
-) -> list[str]:  # fmt: skip
+def swap(model: nn.Module, folders: Names | None, weights: Sequence[float] | None = None) -> list[str]:
     """`detach`, then `attach` unless None; where the new adapter does not fit, the old one stays on."""
     if folders is None:
         detach(model)

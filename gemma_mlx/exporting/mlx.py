@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from gemma_mlx.adapters.adapter import Adapter, LowRank
+from gemma_mlx.adapters.adapter import Adapter, LowRank, in_tower
 from gemma_mlx.adapters.combine import of_rank
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.reading import read_adapter
@@ -51,7 +51,7 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     adapter, lines = of_rank(adapter, options.adapter_rank)
     spec, dtype = read_spec(source.base), DTYPES.get(options.dtype or "")
     kind = spec.config["model_type"]
-    decoder = _only(adapter, lambda path: not _in_tower(path))
+    decoder = adapter.only(lambda path: not in_tower(path))
     towers = len(adapter.layers) + len(adapter.modules) - len(decoder.layers) - len(decoder.modules)
     if decoder.layers or decoder.modules:
         write_one(decoder, lm_names(kind), folder, dtype, source.base_name)
@@ -71,7 +71,7 @@ def _refuse(adapter: Adapter) -> None:
             f"format mlx: {adapter.modules[0]} was trained in full, other layers have low-rank weights; mlx-lm reads "
             "one kind or the other; use --format hf"
         )
-    if tower := next((path for path in adapter.modules if _in_tower(path)), None):
+    if tower := next((path for path in adapter.modules if in_tower(path)), None):
         raise InputError(f"format mlx: {tower} was trained in full, and mlx-lm has no towers; use --format hf")
     if len({layer.m is None for layer in adapter.layers.values()}) > 1:
         raise InputError("format mlx: some layers have DoRA and some do not; mlx-lm has one kind for all")
@@ -79,21 +79,6 @@ def _refuse(adapter: Adapter) -> None:
         raise InputError(f"format mlx: {stuck}: mlx-lm clips this linear's weight itself; use --format hf")
     if experts := next((name for name in adapter.full if ".experts." in name), None):
         raise InputError(f"format mlx: {experts}: mlx-lm holds experts in other stacks; use --format hf")
-
-
-def _in_tower(path: str) -> bool:
-    return path.startswith("model.") and path.split(".")[1].startswith(
-        ("vision_", "audio_", "embed_vision", "embed_audio")
-    )
-
-
-def _only(adapter: Adapter, keep: Callable[[str], bool]) -> Adapter:
-    return replace(
-        adapter,
-        layers={path: layer for path, layer in adapter.layers.items() if keep(path)},
-        modules=tuple(path for path in adapter.modules if keep(path)),
-        full={name: tensor for name, tensor in adapter.full.items() if keep(name)},
-    )
 
 
 def lm_names(kind: str) -> Callable[[str], str]:

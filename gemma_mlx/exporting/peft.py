@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from gemma_mlx.adapters.adapter import Adapter, LowRank
+from gemma_mlx.adapters.adapter import Adapter, LowRank, in_tower
 from gemma_mlx.adapters.combine import of_rank
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.peft_layout import PREFIX, rank_and_alpha, scale_of
@@ -31,7 +31,6 @@ from gemma_mlx.models.names import to_torch_axes
 
 BASE = "base"
 """Folder of the base that towers were merged into."""
-_TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 _TIED = "embed_tokens"
 
 
@@ -71,15 +70,11 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     return [*lines, *_notes(adapter, source)]
 
 
-def _in_tower(path: str) -> bool:
-    return any(part in _TOWERS for part in path.split("."))
-
-
 def _without_towers(source: Source, adapter: Adapter, folder: Path, options: ExportOptions) -> tuple[Adapter, int]:
     """(the decoder's part, how many layers were merged into the base)."""
     from gemma_mlx.exporting import hf
 
-    towers, decoder = (_part(adapter, keep) for keep in (_in_tower, lambda path: not _in_tower(path)))
+    towers, decoder = adapter.only(in_tower), adapter.only(lambda path: not in_tower(path))
     count = len(towers.layers) + len(towers.modules)
     if not count:
         return adapter, 0
@@ -90,15 +85,6 @@ def _without_towers(source: Source, adapter: Adapter, folder: Path, options: Exp
         save(towers, Path(temporary))
         hf.write(replace(source, adapter=Path(temporary)), folder / BASE, options)
     return decoder, count
-
-
-def _part(adapter: Adapter, keep: Callable[[str], bool]) -> Adapter:
-    return replace(
-        adapter,
-        layers={path: layer for path, layer in adapter.layers.items() if keep(path)},
-        modules=tuple(path for path in adapter.modules if keep(path)),
-        full={name: tensor for name, tensor in adapter.full.items() if keep(name)},
-    )
 
 
 def tensors(adapter: Adapter) -> dict[str, mx.array]:
