@@ -253,7 +253,7 @@ def random_pairs(count, seed):
 
 
 def test_a_comparison_is_the_two_evaluations_and_their_difference(tmp_path):
-    references, first, second = random_pairs(40, 3)
+    references, first, second = random_pairs(40, 4)
     own = tuple(said(i, "transcript", *pair) for i, pair in enumerate(zip(references, first, strict=True)))
     other = tuple(said(i, "transcript", *pair) for i, pair in enumerate(zip(references, second, strict=True)))
     report = Report(own, other=other)
@@ -261,6 +261,7 @@ def test_a_comparison_is_the_two_evaluations_and_their_difference(tmp_path):
     found = json.loads((tmp_path / "report.json").read_text())["comparison"]
     alone = Report(other).scores
     assert found["with"] == "base" and found["wer"]["other"] == alone["wer"]
+    assert abs(found["wer"]["difference"]) > 0.01
     assert found["wer"]["difference"] == pytest.approx(report.scores["wer"] - alone["wer"])
     low, high = found["wer"]["interval"]
     assert low < found["wer"]["difference"] < high and 0 < found["wer"]["p_value"] <= 1
