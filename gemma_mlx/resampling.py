@@ -75,6 +75,7 @@ def _levels(values: np.ndarray, stats: np.ndarray, corpus: Corpus, level: float)
     n, total = len(stats), stats.sum(0)
     left_out = corpus(total - stats)
     pull = left_out.mean() - left_out
+    pull /= np.abs(pull).max() or 1.0  # only its shape counts, and perplexities have fourth powers beyond a float
     spread = float((pull**2).sum())
     skew = float((pull**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
     score = float(corpus(total))

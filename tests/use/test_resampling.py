@@ -153,6 +153,15 @@ def test_few_or_equal_rows():
         paired(one, np.repeat(one, 2, 0), WER)
 
 
+def test_huge_scores():
+    """Perplexities: e to the mean of nats, of rows that a model finds all but impossible."""
+    r = np.random.default_rng(6)
+    rows = np.stack([r.uniform(100, 900, 40), np.ones(40)], 1)
+    found, small = (bootstrap(rows, lambda sums, by=by: np.exp(sums[..., 0] / sums[..., 1]) * by) for by in (1, 1e-200))
+    assert 0 < found.low < np.exp(rows[:, 0].mean()) < found.high < np.exp(900)
+    assert np.array(small) * 1e200 == pytest.approx(tuple(found), rel=1e-9)
+
+
 def test_p_value_is_never_zero():
     a = np.stack([np.ones(200), np.ones(200)], 1)
     found = paired(a * [0, 1], a, EXACT, samples=499)
