@@ -24,7 +24,7 @@ from gemma_mlx.models.quantize import put_module
 BOUND = 2e-4  # absolute, of logits of scale 1
 TEXT = {name: targets.replace("all", "decoder") for name, targets in TARGETS.items()}
 TEXT["3n"] = "decoder,per_layer_input_gate,per_layer_projection,linear_left,linear_right"
-FAST = ("E2B", "26B", "Gemma 3")
+FAST = ("E2B", "Gemma 3")
 S, F = "sliding_attention", "full_attention"
 MLX_LM_GEMMA3 = dict(layer_types=[S, F] * 4, sliding_window_pattern=2)
 """mlx-lm knows patterns of Gemma 3 by one number; its norms and rope are those of the published models."""

@@ -68,7 +68,9 @@ def test_transformers_with_peft_computes_the_same(base, tmp_path, name, dora):
     assert on == set(lora_layers(model))
     for what, inputs in batches(name).items():
         found = tiny.reference_logits(reference, inputs)
-        assert difference(model(**inputs), found, inputs) <= BOUND, what
+        apart = difference(model(**inputs), found, inputs)
+        print(f"{name}, {what}, dora {dora}: {apart:.1e}")
+        assert apart <= BOUND, what
         with reference.disable_adapter():
             assert difference(tiny.reference_logits(reference, inputs), found, inputs) > 0.5, what
 
@@ -151,7 +153,7 @@ MADE = {
 }  # fmt: skip
 
 
-QUICK = (("rank_pattern", torch.float32), ("rslora", torch.bfloat16), ("dora", torch.float32))
+QUICK = (("rank_pattern", torch.float32), ("rslora", torch.bfloat16))
 EVERY = [(kind, dtype) for kind in MADE for dtype in (torch.float32, torch.bfloat16)]
 
 
