@@ -158,7 +158,7 @@ def test_huge_scores():
     r = np.random.default_rng(6)
     rows = np.stack([r.uniform(100, 900, 40), np.ones(40)], 1)
     found, small = (bootstrap(rows, lambda sums, by=by: np.exp(sums[..., 0] / sums[..., 1]) * by) for by in (1, 1e-200))
-    assert 0 < found.low < np.exp(rows[:, 0].mean()) < found.high < np.exp(900)
+    assert 0 < found.low < np.exp(rows[:, 0].mean()) < found.high < np.inf
     assert np.array(small) * 1e200 == pytest.approx(tuple(found), rel=1e-9)
 
 
