@@ -18,8 +18,6 @@ from gemma_mlx.scoring import METRICS, Metric, metric
 
 OF_TASK = {"transcript": ("wer", "cer"), "answer": ("exact_match", "f1", "anls")}
 """Task -> what its rows are measured by, unless metrics are named."""
-FEW_ROWS = 2
-"""An interval takes as many."""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,13 @@ def test_named_metrics_count_all_rows_and_equal_sacrebleu():
     assert "BLEU" in report.table() and "%" not in report.table().split("chrF")[0].split("BLEU")[1]
 
 
+@pytest.mark.parametrize("name", ["wer", "exact_match", "chrf", "bleu"])
+def test_a_right_row_has_no_error_and_a_wrong_one_has(name):
+    rows = (said(1, "answer", "a b c d e f", "a b c d e f"), said(2, "answer", "a b c d e f", "u v w x y z"))
+    right, wrong = Report(rows, metrics=(name,)).errors
+    assert right == pytest.approx(0, abs=1e-9) and wrong == pytest.approx(100 if name in ("chrf", "bleu") else 1)
+
+
 def test_groups_are_the_scores_of_their_rows_alone():
     report = Report(tuple(TALK), group_by=("language", "duration", "source", "task"))
     found = report.as_dict()["groups"]
