@@ -67,7 +67,7 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         folder / PEFT_WEIGHTS, lambda path: mx.save_safetensors(str(path), written, metadata={"format": "pt"})
     )
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return [*lines, *_notes(adapter, source)]
+    return [*lines, *_notes(adapter, source, f"{BASE}/" if base == BASE else base)]
 
 
 def _without_towers(source: Source, adapter: Adapter, folder: Path, options: ExportOptions) -> tuple[Adapter, int]:
@@ -144,12 +144,12 @@ def _common(values: Mapping[str, Any], default: Any) -> Any:
     return Counter(values.values()).most_common(1)[0][0] if values else default
 
 
-def _notes(adapter: Adapter, source: Source) -> list[str]:
+def _notes(adapter: Adapter, source: Source, base: str) -> list[str]:
     """What the user has to know to get the same answers from transformers."""
     full = f" and {len(adapter.modules)} modules in full" if adapter.modules else ""
     lines = [
         f"{len(adapter.layers)} layers with an adapter{full}; PeftModel.from_pretrained puts them on transformers' "
-        f"model of {source.base_name}"
+        f"model of {base}"
     ]
     if source.remembered.get("audio_window") == 13 and any("audio" in path for path in adapter.layers):
         lines.append("trained with an audio window of 13; transformers has 12, so answers to clips differ")
