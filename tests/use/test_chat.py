@@ -101,6 +101,8 @@ def test_what_is_said_by_default(loaded, folder):
     assert said(chat)[2] == DESCRIBE
     chat.take("")
     assert len(chat.turns) == 4
+    chat.take("/system")
+    assert chat.system == ""
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,9 @@ def test_nothing_that_another_adapter_computed_is_used(checkpoint_folder, adapte
     chat = Chat(*gemma_mlx.load(checkpoint_folder, dtype="float32"), SHORT, given={"system"})
     tuned = gemma_mlx.load(checkpoint_folder, dtype="float32", adapter=adapter)
     chat.take("hello")
+    assert len(chat._cache)
     chat.take(f"/adapter '{adapter}'")
+    assert not len(chat._cache)
     chat.take("hello")
     one, two = said(chat)[1], said(chat)[3]
     assert two == asked(tuned, "hello", one, "hello").strip()

@@ -147,6 +147,8 @@ def test_long_clips(loaded, folder, run):
     given = ("--edge-silence", "0", "0.1", "--piece-seconds", "2")
     assert run("--audio", clip, "--format", "json", *given)[1] == edged.written("json")
     (folder / "in.jsonl").write_text('{"audio_path": "long.wav"}\n')
+    code, out, err = run("--prompts", folder / "in.jsonl")
+    assert (code, out) == (2, "") and "in.jsonl:1" in err and "over-long audio" in err
     line = json.loads(run("--prompts", folder / "in.jsonl", "--long-audio", "split")[1])
     assert line["answer"] == expected.text and len(line["pieces"]) == 3
     assert set(FORMATS) == set(WRITTEN)
