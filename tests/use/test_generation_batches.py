@@ -57,7 +57,12 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SLOW = ("26B", "3n")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
+)
 def family(request, tmp_path_factory):
     """(model, prompts as batches of one row each, of 4 to 60 tokens, every kind of medium)."""
     torch.set_num_threads(1)
