@@ -125,7 +125,10 @@ def prepare(tree: Path, spec: ModelSpec) -> list[str]:
     path = tree / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("architectures"):
-        path.write_text(json.dumps(config | {"architectures": [_WITHOUT_TOWERS[config["model_type"]]]}, indent=2))
+        config["architectures"] = [_WITHOUT_TOWERS[config["model_type"]]]
+    if config["model_type"].startswith("gemma4"):  # the converter asks for it of models without experts too
+        config.get("text_config", config).setdefault("moe_intermediate_size", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     if config["model_type"].startswith("gemma3") and Tokenizer(tree, spec).chat_template is None:
         (tree / TEMPLATE).write_text(DEFAULT_TEMPLATE, encoding="utf-8")
     return complete(tree, config["model_type"])

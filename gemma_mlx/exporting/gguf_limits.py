@@ -11,6 +11,7 @@ from gemma_mlx.spec import FULL, SLIDING, ModelSpec
 _PERIOD_3 = 6
 _LAYERS_OF_27B = 62
 _OWN_KV_3N, _SPARSE_3N, _SPARSITY_3N = 20, 10, 0.95
+_PER_LAYER_3N, _LAUREL_3N = 256, 64
 _THETA = 10_000.0
 
 
@@ -21,6 +22,8 @@ def check_limits(spec: ModelSpec) -> None:
     if kind.startswith("gemma3n"):
         _equal(kind, "layers with keys of their own", text.num_hidden_layers - shared, _OWN_KV_3N)
         wanted = tuple(_SPARSITY_3N if i < _SPARSE_3N else 0.0 for i in range(text.num_hidden_layers))
+        _equal(kind, "hidden_size_per_layer_input", text.hidden_size_per_layer_input, _PER_LAYER_3N)
+        _equal(kind, "laurel_rank", text.laurel_rank, _LAUREL_3N)
         _equal(kind, "activation_sparsity_pattern", tuple(text.activation_sparsity_pattern), wanted)
     elif kind.startswith("gemma3"):
         types = tuple(FULL if i % _PERIOD_3 == _PERIOD_3 - 1 else SLIDING for i in range(text.num_hidden_layers))

@@ -21,7 +21,8 @@ from gemma_mlx.exporting import gguf
 from gemma_mlx.exporting.options import ExportOptions, Source
 
 ROWS_3N = 512
-LIKE_3N = dict(  # llama.cpp has twenty layers with own keys and ten sparse ones fixed
+LIKE_3N = dict(  # llama.cpp has twenty layers with own keys, ten sparse ones and two widths fixed
+    hidden_size_per_layer_input=256, laurel_rank=64,
     num_hidden_layers=25, layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 5, num_kv_shared_layers=5,
     activation_sparsity_pattern=[0.95] * 10 + [0.0] * 15, vocab_size=ROWS_3N + 32, vocab_size_per_layer_input=ROWS_3N,
 )  # fmt: skip
