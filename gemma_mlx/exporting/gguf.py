@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from gemma_mlx.data.template_gemma3 import DEFAULT_TEMPLATE
 from gemma_mlx.data.template_gemma3 import TURN_CLOSE as OLD_CLOSE
 from gemma_mlx.data.template_gemma3 import TURN_OPEN as OLD_OPEN
@@ -22,7 +24,7 @@ from gemma_mlx.exporting.gguf_limits import check_limits
 from gemma_mlx.exporting.gguf_lora import ARCHITECTURES, write_lora
 from gemma_mlx.exporting.gguf_tokenizer import complete
 from gemma_mlx.exporting.options import ExportOptions, Source
-from gemma_mlx.exporting.tensors import check_space
+from gemma_mlx.exporting.tensors import INDEX, check_space
 from gemma_mlx.gguf_file import is_gguf
 from gemma_mlx.progress import Reporter
 from gemma_mlx.spec import ModelSpec, read_spec
@@ -67,6 +69,8 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         check_packages()
         lines, towers = _converted(source, folder, options, spec, file, kind)
     write_modelfile(folder, [file.name, *([towers.name] if towers else [])], None, spec, source.base)
+    if model_type.startswith("gemma3n"):
+        lines.append("Gemma 3n in llama.cpp was not found to give the logits of here: compare some answers before use")
     if towers:
         lines += notes(spec)
     return [*lines, command(file.name, towers.name if towers else None, None)]
@@ -131,7 +135,27 @@ def prepare(tree: Path, spec: ModelSpec) -> list[str]:
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     if config["model_type"].startswith("gemma3") and Tokenizer(tree, spec).chat_template is None:
         (tree / TEMPLATE).write_text(DEFAULT_TEMPLATE, encoding="utf-8")
+    if config["model_type"] == "gemma3n":
+        add_unread(tree, spec)
     return complete(tree, config["model_type"])
+
+
+def add_unread(tree: Path, spec: ModelSpec) -> None:
+    """Keys and values of Gemma 3n's upper layers, which nothing reads: llama.cpp does not load a file without them.
+
+    Published checkpoints hold them; one that transformers saved does not, and gets zeros.
+    """
+    text, found = spec.text, {}
+    width = text.num_key_value_heads * text.head_dim
+    for i in range(text.num_hidden_layers - text.num_kv_shared_layers, text.num_hidden_layers):
+        layer = f"model.language_model.layers.{i}.self_attn."
+        found |= {f"{layer}{name}_proj.weight": mx.zeros((width, text.hidden_size)) for name in ("k", "v")}
+        found[f"{layer}k_norm.weight"] = mx.zeros((text.head_dim,))
+    held = {name for file in tree.glob("*.safetensors") for name in mx.load(str(file))}
+    missing = {name: tensor for name, tensor in found.items() if name not in held}
+    if missing:
+        mx.save_safetensors(str(tree / "model-unread.safetensors"), missing, metadata={"format": "pt"})
+        (tree / INDEX).unlink(missing_ok=True)  # which does not name them
 
 
 def has_towers(config: dict[str, Any]) -> bool:
