@@ -209,7 +209,10 @@ class _Clip:
         return self._joined(self.blocks_av())
 
     def _joined(self, blocks: Iterator[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
-        found, rates = zip(*blocks, strict=True)  # at least one, or there was an error
+        pairs = list(blocks)
+        if not pairs:
+            return np.zeros(0, np.float32), SAMPLE_RATE
+        found, rates = zip(*pairs, strict=True)
         mono = found[0] if len(found) == 1 else np.concatenate(found)
         return mono[: self.limit_s * rates[-1]], rates[-1]
 

@@ -63,9 +63,9 @@ def earlier_answers(path: Path, rows: Sequence[Example]) -> list[tuple[str, str]
         InputError: not such a file; a row is missing, or has another reference.
     """
     there: dict[str, list[dict[str, str]]] = {}
+    limit = csv.field_size_limit(1 << 30)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            csv.field_size_limit(1 << 30)
             lines = csv.DictReader(file)
             if missing := [name for name in _NEEDED if name not in (lines.fieldnames or ())]:
                 raise InputError(f"--compare {path}: no column {missing[0]!r}; expected a predictions.csv")
@@ -73,6 +73,8 @@ def earlier_answers(path: Path, rows: Sequence[Example]) -> list[tuple[str, str]
                 there.setdefault(line["row_id"], []).append(line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--compare {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        csv.field_size_limit(limit)  # it is the process's
     return [_of_row(path, row, there.get(row.row_id, [])) for row in rows]
 
 
