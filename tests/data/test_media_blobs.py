@@ -421,7 +421,9 @@ def peak(load, path, option=""):
     return int(grown), outcome
 
 
-@pytest.mark.parametrize(("suffix", "rate"), [("flac", 16_000), ("flac", 192_000), ("ogg", 8_000)])
+@pytest.mark.parametrize(
+    ("suffix", "rate"), [("flac", 16_000), pytest.param("flac", 192_000, marks=pytest.mark.slow), ("ogg", 8_000)]
+)
 def test_hours_of_silence_take_neither_memory_nor_time(tmp_path, suffix, rate):
     pytest.importorskip("av")
     path = tmp_path / f"a.{suffix}"

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_million_rows(tmp_path, checkpoint, media, kind):
     """First batch in less than 2 s of computing; at most 300 MB over the start, and no more after 1,500 batches than
     after 300; the place in an epoch is a few integers. Figures: docs/data-speed.md."""

@@ -45,7 +45,13 @@ def complains(launch, kinds=None):
     return False
 
 
-@pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+LONG = ("banded_attention", "flash_matrix", "flash_attention")
+"""Many barriers in long kernels: a minute of emulation."""
+
+
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] * (op.name in LONG), id=op.name) for op in ops()]
+)
 def test_every_barrier_is_needed(op):
     launches.clear()
     arguments = op.sizes["small"](np.random.default_rng(0), mx.float32)

@@ -49,7 +49,11 @@ def ragged(*lengths, frames):
 ALL = (0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize(("dtype", "window"), [*((d, 13) for d in DTYPES), (mx.float32, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "window"),
+    [(mx.float32, 12), *(pytest.param(d, 13, marks=[pytest.mark.slow] * (d != mx.bfloat16)) for d in DTYPES)],
+    ids=str,
+)
 def test_ragged_clips(dtype, window):
     """Two blocks of every kernel; a clip that ends early, one with nothing valid at all."""
     arguments = given(3, 41, 2, 16, window, ragged(41, 17, 0, frames=41))

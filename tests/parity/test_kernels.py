@@ -39,7 +39,7 @@ def without_pictures(batch):
     return dataclasses.replace(batch, input_ids=ids, pixel_values=None)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["E2B", pytest.param("3n", marks=pytest.mark.slow)])
 def test_a_step_with_kernels_equals_one_without(name, tmp_path, record):
     MAKERS[name](tmp_path)
     model = adapted_model(tmp_path)

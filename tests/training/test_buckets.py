@@ -150,7 +150,7 @@ def both(model, dataset, plan, batch_size):
 
 
 @pytest.mark.parametrize("targets", ["decoder", "all"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_padding_to_buckets_changes_nothing(checkpoint_folder, dataset, targets, packed, traced):
     """Uncompiled: the loss within 1e-6, gradients within 1e-5; text, clips, pictures and mixtures, frozen towers and
     training ones, a smaller last batch. The rows' seed puts no value on a clip's bound or a ReLU's kink, where padding

@@ -62,9 +62,7 @@ def bit_equal(a, b):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_what_was_chosen_moves_and_loads_to_bit_equal_logits(
-    checkpoint_folder, rows, batches, tmp_path, choice, dtype
-):
+def test_what_was_chosen_moves_and_loads_to_bit_equal_logits(checkpoint_folder, rows, batches, tmp_path, choice, dtype):
     run = finetune(
         str(checkpoint_folder), data=rows / "media.csv", out=tmp_path / "run", steps=3, dtype=dtype,
         **CHOICES[choice], **FAST,
@@ -138,7 +136,9 @@ def steps_taken(out):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("choice,dtype", [("alone", "bfloat16"), ("beside LoRA", "float32")])
+@pytest.mark.parametrize(
+    "choice,dtype", [pytest.param("alone", "bfloat16", marks=pytest.mark.slow), ("beside LoRA", "float32")]
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(checkpoint_folder, rows, tmp_path, monkeypatch, choice, dtype):
     given = dict(
         data=rows / "media.csv", valid=rows / "valid.csv", steps=8, dtype=dtype, weight_decay=0.01, dropout=0.1,

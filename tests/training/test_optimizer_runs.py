@@ -50,7 +50,10 @@ def steps_taken(folder):
     return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("adamw8bit", "adafactor, no masters")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in RUNS])
 def test_a_resumed_run_is_the_same_bit_for_bit(checkpoint_folder, rows, batch, tmp_path, monkeypatch, name):
     """Adapters beside whole modules, two lanes, two batches a step; and the adapter reloads to bit-equal logits."""
     given = dict(
@@ -94,7 +97,9 @@ def test_another_seed_rounds_otherwise(checkpoint_folder, rows, tmp_path):
     assert any(not mx.array_equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", ["adafactor", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS if n != "adafactor")]
+)
 def test_small_updates_are_not_lost_without_masters(checkpoint_folder, rows, tmp_path, name):
     """30 steps of 1e-4 on matrices and norms, most of which rounding to the nearest would lose: along the change that
     float32 masters make, weights in bfloat16 alone move as far within 5 %."""

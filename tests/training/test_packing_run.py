@@ -57,7 +57,7 @@ def test_an_epoch_sees_every_row_once_with_less_padding(checkpoint_folder, rows,
     assert 0 < waste[0] < 0.7 * waste[1] < 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["packed", pytest.param("grouped", marks=pytest.mark.slow)])
 def test_killed_and_resumed_bit_for_bit(checkpoint_folder, rows, tmp_path, kind):
     given = options(checkpoint_folder, rows, tmp_path / "whole") | {"batch_size": 2, "steps": 12}
     flags = {"packed": ["--packing", "--pack-tokens", "64"], "grouped": ["--group-by-length"]}[kind]
