@@ -72,6 +72,6 @@ def merge(model: Any, dtype: mx.Dtype | None = None) -> list[str]:
         put_module(model, path, linear)
     model.freeze()
     state = attached(model)
-    state.names, state.originals = (), {}
+    state.names, state.originals, state.exact = (), {}, {}
     state.changes += 1
     return paths

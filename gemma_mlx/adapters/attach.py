@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,11 @@ def put(
     originals = {name: _tensor(model, name) for adapter in fitted for name in adapter.full}
     whole = combine(fitted, weights, originals)
     made = {path: adapted(module_at(model, path), layer, whole.dropout) for path, layer in whole.layers.items()}
-    mx.eval([layer[name] for layer in made.values() for name in layer.TENSORS], list(whole.full.values()))  # files go
+    try:  # the files are read here, and not needed after
+        mx.eval([layer[name] for layer in made.values() for name in layer.TENSORS], list(whole.full.values()))
+    except RuntimeError as error:
+        where = ", ".join(str(adapter.where) for adapter in adapters)
+        raise InputError(f"{where}: tensors cannot be read, copy it again ({error})") from None
     for path, layer in made.items():
         put_module(model, path, layer)
     freeze_base(model)
@@ -144,7 +148,8 @@ def swap(model: nn.Module, folders: Names | None, weights: Sequence[float] | Non
     detach(model)
     try:
         return put(model, adapters, weights)
-    except InputError:
+    except BaseException:
+        before[0].changes = state.changes
         _put_back(model, *before)
         raise
 
@@ -174,7 +179,7 @@ def _taken(model: nn.Module, state: Attached) -> tuple[Attached, dict[str, LoRAL
         for path in full_modules(model)
         for leaf in tensor_names(module_at(model, path))
     }
-    return Attached(state.names, state.originals, state.changes), lora_layers(model), whole
+    return replace(state), lora_layers(model), whole
 
 
 def _put_back(model: nn.Module, state: Attached, layers: dict[str, LoRALinear], whole: dict[str, mx.array]) -> None:

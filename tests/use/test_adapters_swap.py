@@ -143,6 +143,40 @@ def test_what_does_not_fit_leaves_the_old_one_on(base, adapters, inputs, tmp_pat
     assert same_tensors(model, load_model(base))
 
 
+def test_what_a_model_remembers_of_its_adapter_survives_a_swap_that_fails(base, adapters, tmp_path):
+    """Its names, exact weights and originals are as before; that something happened shows in the number of changes."""
+    from gemma_mlx.adapters.attach import instead
+
+    other = tmp_path / "other"
+    tiny.make(str(other), seed=2, text=dict(hidden_size=32))
+    wrong = made(other, tmp_path / "wrong")
+    model = load_model(base)
+    attach(model, adapters["full"])
+    before = replace(attached(model))
+    with pytest.raises(InputError):
+        swap(model, wrong)
+    first = replace(attached(model))
+    with instead(model, None):
+        assert not lora_layers(model)
+    then = attached(model)
+    for state in (first, then):
+        assert (state.names, set(state.originals)) == (before.names, set(before.originals))
+        assert state.exact.keys() == before.exact.keys() and len(state.exact) > 0
+    assert before.changes < first.changes < then.changes
+
+
+def test_a_file_cut_short_is_named_and_changes_nothing(base, adapters, tmp_path):
+    import shutil
+
+    cut = shutil.copytree(adapters["a"], tmp_path / "cut")
+    weights = cut / "adapters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    model = load_model(base)
+    with pytest.raises(InputError, match=r"adapters\.safetensors"):
+        attach(model, cut)
+    assert not lora_layers(model)
+
+
 def test_attach_twice_and_detach_of_nothing(base, adapters):
     model = load_model(base)
     detach(model)
