@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_mlx.adapters.attach import Attached, attached
 from gemma_mlx.data.batches import clip_tokens
 from gemma_mlx.data.features_gemma3n import Clip
 from gemma_mlx.data.template import AUDIO, IMAGE, VIDEO, Sample
@@ -37,7 +38,8 @@ class PromptCache:
 
     Tokens are compared by their ids, media by their contents. A prompt that departs from what is held is read from
     there, or from an earlier place that can be come back to: the end of one of the last `SNAPSHOTS` prompts, or the
-    beginning. Belongs to one model as it is: after an adapter was put on or taken off, `clear` it.
+    beginning. Of another model, or after an adapter was put on or taken off, nothing is reused. After training steps
+    `clear` it.
 
     Attributes:
         reused: tokens of the last prompt that were not read again.
@@ -52,6 +54,7 @@ class PromptCache:
         self._cache: Cache | None = None
         self._marks = np.zeros((0, 2), np.uint64)
         self._snapshots: list[Snapshot] = []
+        self._of: tuple[Attached, int] | None = None
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -60,21 +63,26 @@ class PromptCache:
     def take(self, model: Any, sample: Sample) -> Held:
         """The longest beginning of the prompt that is held, at least one token less than all of it. What is held
         leaves this object until `give`."""
+        state = attached(model)
+        if self._of is None or self._of[0] is not state or self._of[1] != state.changes:
+            self.clear()
         marks = marks_of(sample)
         length = _common(self._marks, marks)
         cache, snapshots = self._cache, [s for s in self._snapshots if s.offset <= length]
         if cache is None or not length:
-            return self._taken(model.make_cache(), [], sample, 0)
+            return self._taken(model, model.make_cache(), [], sample)
         if not cache.trim(length):
             if not snapshots:
-                return self._taken(model.make_cache(), [], sample, 0)
+                return self._taken(model, model.make_cache(), [], sample)
             cache.restore(snapshots[-1])
-        return self._taken(cache, snapshots, sample, cache.offset)
+        return self._taken(model, cache, snapshots, sample)
 
-    def _taken(self, cache: Cache, snapshots: list[Snapshot], sample: Sample, reused: int) -> Held:
+    def _taken(self, model: Any, cache: Cache, snapshots: list[Snapshot], sample: Sample) -> Held:
         self.clear()
-        self._snapshots, self.reused = snapshots, reused
-        return Held(cache, rest_of(sample, reused), reused)
+        state = attached(model)
+        self._of = (state, state.changes)
+        self._snapshots, self.reused = snapshots, cache.offset
+        return Held(cache, rest_of(sample, cache.offset), cache.offset)
 
     def remember(self, cache: Cache) -> None:
         """Make the cache's present end a place that one can come back to."""

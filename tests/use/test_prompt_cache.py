@@ -153,3 +153,29 @@ def test_a_trimmed_cache_holds_what_it_held(tmp_path):
     whole = Cache(model.spec.text)
     model.hidden(ids, cache=whole)
     assert not whole.trim(20) and whole.offset == 60, "read at once, nothing before its last window is left"
+
+
+def test_an_adapter_put_on_or_taken_off_is_noticed(checkpoint_folder, tmp_path):
+    """Keys and values of the model as it was before are never used."""
+    import mlx.core as mx
+
+    from gemma_mlx.adapters.attach import swap
+    from gemma_mlx.errors import InputError
+    from gemma_mlx.lora import apply_lora, lora_layers, save_adapter
+
+    model = load_model(checkpoint_folder, dtype="float32")
+    apply_lora(model, "decoder", 2)
+    for i, layer in enumerate(lora_layers(model).values()):
+        layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(i))
+    save_adapter(model, tmp_path)
+    ready = load_model(checkpoint_folder, dtype="float32"), Processor(checkpoint_folder)
+    cache, conversation = PromptCache(), [said("user", "Repeat: alfa bravo charlie delta")]
+    bare = ask(ready, conversation, cache)
+    swap(ready[0], tmp_path)
+    adapted = ask(ready, conversation, cache)
+    assert cache.reused == 0 and adapted != bare and adapted == ask(ready, conversation)
+    with pytest.raises(InputError):
+        swap(ready[0], tmp_path / "none")
+    assert ask(ready, conversation, cache) == adapted and cache.reused
+    swap(ready[0], None)
+    assert ask(ready, conversation, cache) == bare and cache.reused == 0
