@@ -97,7 +97,7 @@ class Running:
         logits: [B, V] behind the prompts.
 
     Attributes:
-        fed: the tokens of each step that the cache holds; of rows that never changed.
+        fed: the tokens of each step that the cache holds, since rows last changed.
     """
 
     def __init__(self, model: Any, rows: list[Row], cache: Cache, choose: Choose, logits: mx.array):
@@ -132,6 +132,7 @@ class Running:
         self.rows = [self.rows[i] for i in rows]
         if not rows:
             return
+        self.fed.clear()  # else it would grow as long as rows come and go
         self.cache.keep(rows)
         self.choose.keep(rows)
         self.tokens = self.tokens[mx.array(np.array(rows, np.int32))]
@@ -139,6 +140,7 @@ class Running:
 
     def join(self, other: Running) -> None:
         """Take in the rows of another."""
+        self.fed.clear()
         self.cache.join(other.cache)
         self.choose.join(other.choose)
         self.rows += other.rows

@@ -164,7 +164,7 @@ class Cache:
         empty = 0 if valid is None else int(valid.any(axis=0).argmax())
         self.offset -= empty
         self.valid = None if valid is None or valid[:, empty:].all() else valid[:, empty:]
-        self.starts = None if self.starts is None else self.starts[rows] - empty
+        self.starts = self._starts()[rows] - empty if empty or self.starts is not None else None
         for layer in self.layers:
             keys, values = layer.held()
             gone = max(0, layer.size - self.offset)
