@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from gemma_mlx.adapters.attach import attach
+from gemma_mlx.adapters.attach import attach, attached
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.options import Source
 from gemma_mlx.exporting.tensors import CHUNK_BYTES, DTYPES, NAMES, Entry, Part, raw
@@ -130,6 +130,9 @@ def rows_of(model: Any, name: str) -> Rows:
         return partial(_table_rows, module.in_dtype(mx.float32) if module.packed else module)
     if isinstance(module, ExpertStacks) and leaf not in module and leaf == GATE_UP:
         return partial(_joined, module[GATE], module[UP])
+    exact = attached(model).exact.get(name)  # trained in full: the model may hold it in a coarser dtype
+    if exact is not None:
+        return partial(_slice, exact)
     held = module[leaf]
     if isinstance(held, nn.Module):
         return partial(float_rows, held)

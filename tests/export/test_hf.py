@@ -91,3 +91,20 @@ def test_modules_trained_in_full(name, bases, tmp_path):
     again = ours(name, out)
     inputs = batches(name)["text"]
     assert difference(model(**inputs), again(**inputs), inputs) < 2e-5
+
+
+def test_modules_trained_in_full_are_rounded_once(bases, tmp_path):
+    """The base is bfloat16, the adapter's file float32: so are they in an export in float32."""
+    from gemma_mlx.models.load import load_model, save_model
+
+    base = tmp_path / "base"
+    save_model(load_model(bases("Gemma 3"), dtype="bfloat16"), base)
+    model = load_model(base, dtype="float32")
+    train_fully(model, "model.norm")
+    path, place = next(iter(trained_places(model).items()))
+    trained = place.get() + 1e-4 * mx.arange(place.get().size)
+    place.put(trained)
+    save_adapter(model, tmp_path / "adapter")
+    out = export(model=base, adapter=tmp_path / "adapter", out=tmp_path / "out", dtype="float32", quiet=True)
+    assert not mx.array_equal(trained, trained.astype(mx.bfloat16).astype(mx.float32))
+    assert mx.array_equal(tensors(out)[path], trained)

@@ -18,6 +18,7 @@ from gemma_mlx.decoding import Row, Running, Stateless, cuts, decode, read
 from gemma_mlx.errors import InputError
 from gemma_mlx.generation import answer_ids, answers, as_example, generate, greedy
 from gemma_mlx.models.load import load_model
+from gemma_mlx.models.tables import tables_on_disk
 from gemma_mlx.sampling import Settings
 
 NO_TOKEN = -2
@@ -171,3 +172,12 @@ def test_bad_rows_and_sizes(ready, tmp_path):
     with pytest.raises(InputError, match=r"rows\.csv:7"):
         list(answers(model, processor, [as_example("hi"), missing]))
     assert list(answers(model, processor, [])) == []
+
+
+def test_a_table_on_disk_changes_no_answer(checkpoint_folder):
+    """Per-layer rows are read from the file at each step, of three rows at once."""
+    processor, examples = Processor(checkpoint_folder), [as_example(f"Repeat: {'alfa ' * n}") for n in (1, 4, 2, 6)]
+    settings = Settings(max_tokens=12)
+    whole, disk = (load_model(checkpoint_folder, dtype="float32", disk_bytes=n) for n in (1 << 40, 0))
+    assert tables_on_disk(disk) and not tables_on_disk(whole)
+    assert dict(answers(disk, processor, examples, settings, 3)) == dict(answers(whole, processor, examples, settings))
