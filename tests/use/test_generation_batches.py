@@ -181,3 +181,24 @@ def test_a_table_on_disk_changes_no_answer(checkpoint_folder):
     whole, disk = (load_model(checkpoint_folder, dtype="float32", disk_bytes=n) for n in (1 << 40, 0))
     assert tables_on_disk(disk) and not tables_on_disk(whole)
     assert dict(answers(disk, processor, examples, settings, 3)) == dict(answers(whole, processor, examples, settings))
+
+
+def test_videos_beside_each_other(ready, tmp_path):
+    """Videos of other numbers of frames beside text alone: as one by one."""
+    av = pytest.importorskip("av")
+    model, processor = ready
+    r, examples = np.random.default_rng(0), [as_example("Repeat: alfa")]
+    for count in (3, 9, 6):
+        path = tmp_path / f"{count}.mp4"
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("mpeg4", rate=3)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for _ in range(count):
+                shown = np.repeat(np.repeat(r.integers(0, 255, (3, 4, 3), np.uint8), 16, 0), 16, 1)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
+            file.mux(stream.encode())
+        examples.append(Example((Turn("user", (Text("Look."), Video(path))),), where=path.name))
+    settings = Settings(max_tokens=10)
+    one = dict(answers(model, processor, examples, settings, batch_size=1))
+    assert len({answer.prompt_tokens for answer in one.values()}) == 4
+    assert dict(answers(model, processor, examples, settings, batch_size=3)) == one
