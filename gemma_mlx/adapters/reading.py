@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def read_adapter(folder: str | Path, revision: str | None = None) -> Adapter:
     read = peft_layout.read if layout == "peft" else mlx_layout.read
     try:
         return read(path, layout, config, dict(tensors))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:  # rank_pattern holds expressions
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder / CONFIG}: not an adapter's config ({type(error).__name__}: {error})") from None
