@@ -69,8 +69,6 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
         check_packages()
         lines, towers = _converted(source, folder, options, spec, file, kind)
     write_modelfile(folder, [file.name, *([towers.name] if towers else [])], None, spec, source.base)
-    if model_type.startswith("gemma3n"):
-        lines.append("Gemma 3n in llama.cpp was not found to give the logits of here: compare some answers before use")
     if towers:
         lines += notes(spec)
     return [*lines, command(file.name, towers.name if towers else None, None)]

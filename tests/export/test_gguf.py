@@ -77,7 +77,8 @@ def test_a_merged_gemma_4_in_llama_cpp(e2b, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", gguf_pairs.MAKERS)
 def test_every_family_merged_and_as_an_adapter(name, tmp_path, monkeypatch):
     """Of 26B the model here takes GELU from llama.cpp's table too: without it the router's scores differ by 1e-4, one
-    of 48 tokens sits so near a tie that another expert answers there, and its cosine falls to 0.988. Of Gemma 3n it takes the threshold of sparse layers from llama.cpp as well."""
+    of 48 tokens sits so near a tie that another expert answers there, and its cosine falls to 0.988.
+    Of Gemma 3n it takes the threshold of sparse layers from llama.cpp as well."""
     both = pair(name, tmp_path)
     changed = []
     if name == "26B":
