@@ -66,7 +66,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--revision", metavar="TEXT", help="Branch, tag or commit of the base's Hub repository.")
 @_options
 @click.option("--scores", metavar="FOLDER", help="An evaluation's folder: its scores go into the model card.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is not empty, once the new one is whole.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export, once the new one is whole.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the folder to this Hub repository (organisation/name).")
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option("--verify", "checked", metavar="FOLDER", help="Write nothing: check an export against its manifest.")

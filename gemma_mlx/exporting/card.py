@@ -156,6 +156,8 @@ def _settings(source: Source, config: dict[str, Any]) -> str:
     if not config:
         read = read_adapter_config(source.adapter)
         return f"Not known beyond the adapter's files: rank {read['rank']}, scale {read['scale']:g}."
+    if config.get("steps"):  # they decide; epochs would then say what was not done
+        config = {name: value for name, value in config.items() if name != "epochs"}
     rows = [f"| {name} | {config[name]} |" for name in SETTINGS if config.get(name) not in (None, False, "", [])]
     return "\n".join(["| option | value |", "| --- | --- |", *rows])
 
@@ -228,7 +230,8 @@ model = PeftModel.from_pretrained(base, "PATH_OR_ID")
 
 def _use_mlx(folder: Path, source: Source) -> str:
     program = "mlx_lm generate" if _class(source.base) == "AutoModelForCausalLM" else "mlx_vlm.generate"
-    return _code("bash", f"python -m {program} --model {shown_name(source)} --adapter-path . --prompt Hello")
+    place = "mlx-vlm" if program == "mlx_vlm.generate" and (folder / "mlx-vlm").is_dir() else "."
+    return _code("bash", f"python -m {program} --model {shown_name(source)} --adapter-path {place} --prompt Hello")
 
 
 def _use_gguf(folder: Path, source: Source) -> str:

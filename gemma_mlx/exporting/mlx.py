@@ -23,6 +23,7 @@ from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.adapters.writing import write_files
 from gemma_mlx.errors import InputError
+from gemma_mlx.exporting.card import shown_name
 from gemma_mlx.exporting.options import ExportOptions, Source
 from gemma_mlx.models.load import DTYPES
 from gemma_mlx.models.names import stored_name
@@ -54,10 +55,10 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     decoder = adapter.only(lambda path: not in_tower(path))
     towers = len(adapter.layers) + len(adapter.modules) - len(decoder.layers) - len(decoder.modules)
     if decoder.layers or decoder.modules:
-        write_one(decoder, lm_names(kind), folder, dtype, source.base_name)
+        write_one(decoder, lm_names(kind), folder, dtype, shown_name(source))
         lines.append(f"{len(decoder.layers) + len(decoder.modules)} layers of the decoder, for mlx-lm")
     if kind != "gemma3_text" and adapter.layers and (towers or kind == "gemma3n"):
-        write_one(adapter, vlm_names(spec.unified), folder / VLM, dtype, source.base_name)
+        write_one(adapter, vlm_names(spec.unified), folder / VLM, dtype, shown_name(source))
         lines.append(f"all {len(adapter.layers)} layers, for mlx-vlm, in its folder {VLM}/")
     if towers:
         lines.append(f"mlx-lm has no towers: the {towers} layers there are in the files for mlx-vlm alone")

@@ -24,6 +24,7 @@ from gemma_mlx.adapters.peft_layout import PREFIX, rank_and_alpha, scale_of
 from gemma_mlx.adapters.reading import CONFIG, PEFT_WEIGHTS, read_adapter
 from gemma_mlx.adapters.writing import save
 from gemma_mlx.errors import InputError
+from gemma_mlx.exporting.card import shown_name
 from gemma_mlx.exporting.options import ExportOptions, Source
 from gemma_mlx.files import replace_whole, write_whole
 from gemma_mlx.models.load import DTYPES
@@ -60,7 +61,9 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
                 f"{merged} layers of towers and embedders are merged into the folder {BASE}/: use it as the base"
             )
             base = BASE
-    written, config = tensors(adapter), config_of(adapter, base, source.revision if base != BASE else None)
+    written, config = tensors(adapter), config_of(
+        adapter, BASE if base == BASE else shown_name(source), source.revision if base != BASE else None
+    )
     if options.dtype:
         written = {name: tensor.astype(DTYPES[options.dtype]) for name, tensor in written.items()}
     replace_whole(

@@ -13,7 +13,8 @@ from typing import Any
 
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.card import write_card
-from gemma_mlx.exporting.manifest import bytes_of, files_of, write_manifest
+from gemma_mlx.exporting.card_data import read_object
+from gemma_mlx.exporting.manifest import MANIFEST, bytes_of, files_of, write_manifest
 from gemma_mlx.exporting.options import FORMATS, ExportOptions, Source
 from gemma_mlx.exporting.push import check_push, push
 from gemma_mlx.exporting.source import find_source
@@ -54,7 +55,7 @@ def export(
         adapter_weights: what each of several adapters counts.
         revision: of the base's Hub repository.
         step: the run's checkpoint of this step.
-        overwrite: replace a folder that is not empty, once the new one is whole.
+        overwrite: replace an earlier export, once the new one is whole.
         scores: an evaluation's folder, for the card.
         push_to_hub: a Hub repository to upload the folder to.
         private: make that repository a private one.
@@ -119,6 +120,9 @@ def checked_out(out: str | Path, overwrite: bool) -> Path:
         raise InputError(f"--out {out}: is no folder; give another name")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(f"--out {out}: is not empty; give another folder, or --overwrite to replace it")
+    # Nothing but an export is ever deleted: a run's folder, or a home, holds what no other file has.
+    if out.is_dir() and any(out.iterdir()) and "export" not in read_object(out / MANIFEST):
+        raise InputError(f"--out {out}: is no earlier export (by its {MANIFEST}); --overwrite leaves it alone")
     return out
 
 

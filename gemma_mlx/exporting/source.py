@@ -101,7 +101,12 @@ def _of_run(run: Path, model: str | Path | None, revision: str | None, step: int
     config = configure({**read_yaml(run / CONFIG_FILE), "resume": False})
     name = str(model or config.model)
     revision = revision or (None if model else getattr(config, "revision", None))
-    base = resolve(name, revision)
+    try:
+        base = resolve(name, revision)
+    except InputError as error:
+        if model:
+            raise
+        raise InputError(f"{run}: its base cannot be found ({error}); say where it is with --model") from None
     best = None if step is not None else best_step(run)
     if step is None and (run / ADAPTER / ADAPTER_CONFIG).is_file() and (best is not None or _finished(run)):
         finished = "" if _reported(run) is not None else "; the run is not finished"

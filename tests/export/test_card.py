@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from gemma_mlx.config import TrainConfig
 from gemma_mlx.errors import InputError
+from gemma_mlx.exporting import mlx, peft
 from gemma_mlx.exporting.card import write_card
 from gemma_mlx.exporting.options import ExportOptions, Source
 from gemma_mlx.lora import apply_lora, save_adapter
@@ -81,6 +82,13 @@ def test_a_base_named_by_a_path_is_not_named_to_the_hub(adapter, tmp_path):
     assert "do not say under which licence" in text and "rank 2, scale 1.5" in text
 
 
+@pytest.mark.parametrize("form", [peft, mlx])
+def test_no_file_of_an_adapter_holds_the_path_of_its_base(form, adapter, tmp_path):
+    form.write(Source(DEMO, str(DEMO), None, adapter), tmp_path, ExportOptions())
+    configs = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert configs and all(str(DEMO.parent) not in text and '"checkpoint"' in text for text in configs)
+
+
 @pytest.mark.parametrize(
     "kind, header, expected",
     [("gemma3n", None, "gemma"), ("gemma4", None, None), ("gemma4", "license: mit", "mit"),
@@ -105,12 +113,13 @@ def test_the_licence_is_the_bases_or_none(kind, header, expected, tmp_path, monk
     "form, options, library, said",
     [
         ("peft", {}, "peft", "PeftModel.from_pretrained(base"),
-        ("mlx", {}, "mlx", "--adapter-path ."),
+        ("mlx", {}, "mlx", "--adapter-path mlx-vlm"),
         ("gguf", {}, "gguf", "llama-mtmd-cli -m m.gguf --mmproj mmproj-m.gguf"),
         ("hf", {"bits": 4}, "mlx", "packed in 4 bits"),
     ],
 )
 def test_each_format_says_how_it_is_used(form, options, library, said, adapter, tmp_path):
+    (tmp_path / "mlx-vlm").mkdir()
     if form == "gguf":
         (tmp_path / "m.gguf").touch(), (tmp_path / "mmproj-m.gguf").touch()
     data, text = card(tmp_path, Source(DEMO, "google/gemma-4-E2B-it", None, adapter), form, **options)

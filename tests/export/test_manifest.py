@@ -97,6 +97,16 @@ def test_a_full_folder_is_refused_and_replaced_only_after_success(out, monkeypat
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", "no JSON"], ids=["none", "a checkpoint's", "a list", "torn"])
+def test_overwrite_deletes_nothing_but_an_earlier_export(manifest, tmp_path):
+    (tmp_path / "checkpoint").write_text("weeks of training")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=r"is no earlier export.* --overwrite leaves it alone"):
+        export(model=DEMO, out=tmp_path, overwrite=True, quiet=True)
+    assert (tmp_path / "checkpoint").read_text() == "weeks of training"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
 def test_nothing_is_left_of_an_export_that_stops(tmp_path, monkeypatch, error):
     def stops(*_):

@@ -175,6 +175,14 @@ def test_refusals(what, told, tmp_path, monkeypatch):
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_run_whose_base_has_moved(run, checkpoint_folder):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(checkpoint_folder), "bases/moved"))
+    with pytest.raises(InputError, match=r"its base cannot be found .*--model"):
+        find_source(run=run)
+    assert find_source(run=run, model=checkpoint_folder).adapter == run / "adapter"
+
+
 def test_a_run_that_has_saved_nothing_yet(run):
     shutil.rmtree(unfinished(run) / "checkpoints")
     with pytest.raises(InputError, match="neither an adapter nor a checkpoint yet"):

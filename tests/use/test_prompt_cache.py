@@ -65,7 +65,7 @@ def test_the_same_prompt_again_reads_its_last_token_alone(ready):
     assert cache.reused == len(ready[1].prompt(_example(conversation))) - 1
 
 
-@pytest.mark.parametrize("answer_tokens", [30, GROWTH + 40])
+@pytest.mark.parametrize("answer_tokens", [30, pytest.param(GROWTH + 40, marks=pytest.mark.slow)])
 def test_a_prompt_that_departs(ready, answer_tokens):
     """Another answer than the one given, another last question, another first one (read anew: the window has left it);
     answers longer than the buffers' reserve leave the snapshots alone to come back to."""
