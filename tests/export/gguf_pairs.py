@@ -15,10 +15,13 @@ import tiny
 import tiny_gemma3
 import tiny_gemma3n
 import tiny_gguf
+from mlx.utils import tree_flatten, tree_unflatten
 
 from gemma_mlx import gguf_file
 from gemma_mlx.exporting import gguf
+from gemma_mlx.exporting.gguf_lora import import_gguf
 from gemma_mlx.exporting.options import ExportOptions, Source
+from gemma_mlx.merging import merge
 
 ROWS_3N = 512
 LIKE_3N = dict(  # llama.cpp has twenty layers with own keys, ten sparse ones and two widths fixed
@@ -87,6 +90,38 @@ def pair(name: str, folder: Path, targets: str | None = None) -> Pair:
 def logits(model, ids) -> np.ndarray:
     """[len(ids), vocabulary] of one row of text."""
     return np.array(model(input_ids=mx.array([ids]), mm_token_type_ids=mx.zeros((1, len(ids)), mx.int32)))[0]
+
+
+def rounded(model, kind: str):
+    """The model with its adapter merged and the decoder's matrices rounded to a GGUF type, where its blocks fit."""
+    gguf_package, found = import_gguf(), []
+    merge(model)
+    number, wide = gguf_package.GGMLQuantizationType[kind.upper()], gguf_package.GGMLQuantizationType.F16
+    for path, tensor in tree_flatten(model.model.language_model.parameters()):
+        if tensor.ndim == 2:
+            own = wide if kind == "q8_0" and tensor.shape[1] % 32 else number  # the converter's choice
+            packed = gguf_package.quantize(np.array(tensor), own)
+            tensor = mx.array(gguf_package.dequantize(packed, own).astype(np.float32).reshape(tensor.shape))
+        found.append((path, tensor))
+    model.model.language_model.update(tree_unflatten(found))
+    return model
+
+
+def as_float32(file: Path, out: Path) -> Path:
+    """A Gemma 4 GGUF file's values and metadata, all tensors as float32."""
+    gguf_package = import_gguf()
+    reader, writer = gguf_package.GGUFReader(file), gguf_package.GGUFWriter(out, "gemma4")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, field.contents(), *[*field.types, None][:2])
+    for t in reader.tensors:
+        values = gguf_package.dequantize(t.data, t.tensor_type).astype(np.float32)
+        writer.add_tensor(t.name, values.reshape(tuple(reversed(t.shape.tolist()))))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 def compared(
