@@ -202,3 +202,15 @@ def test_videos_beside_each_other(ready, tmp_path):
     one = dict(answers(model, processor, examples, settings, batch_size=1))
     assert len({answer.prompt_tokens for answer in one.values()}) == 4
     assert dict(answers(model, processor, examples, settings, batch_size=3)) == one
+
+
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.5}])
+def test_sampled_rows_that_end_at_other_times(checkpoint_folder, sampling):
+    """Every ninth token ends an answer: draws and penalties stay with their rows as others leave and join."""
+    model, processor = load_model(checkpoint_folder, dtype="float32"), Processor(checkpoint_folder)
+    processor.tokenizer.eos_ids = tuple(range(0, model.spec.text.vocab_size, 9))
+    examples = [as_example(f"Repeat: {'alfa ' * n}") for n in (1, 4, 2, 6, 3, 5, 7, 8)]
+    settings = Settings(max_tokens=30, temperature=1.0, seed=3, **sampling)
+    one = dict(answers(model, processor, examples, settings, 1))
+    assert len({len(answer.ids) for answer in one.values()}) > 3
+    assert dict(answers(model, processor, examples, settings, 3)) == one
