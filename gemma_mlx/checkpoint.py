@@ -7,7 +7,6 @@ flushed to the disk and renamed, so a folder of that name is complete; the manif
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from gemma_mlx.errors import InputError
-from gemma_mlx.files import flush
+from gemma_mlx.files import file_digest, flush
 from gemma_mlx.optim import Weights
 
 FORMAT = 1
@@ -49,11 +48,6 @@ class DamagedCheckpoint(Exception):
     """A checkpoint that is incomplete or whose bytes changed; the message says which file."""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
     folder = Path(run) / FOLDER
@@ -77,7 +71,7 @@ def save(run: str | Path, snapshot: Snapshot, keep: int = 2) -> Path:
         mx.save_safetensors(str(part / OPTIMIZER), flat)
         content = {"format": FORMAT, "step": snapshot.step, **snapshot.state}
         (part / STATE).write_text(json.dumps(content, indent=1))
-        files = {name: _sha256(part / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+        files = {name: file_digest(part / name) for name in (ADAPTER, OPTIMIZER, STATE)}
         (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=1))
         for name in (*files, MANIFEST):
             flush(part / name)
@@ -104,7 +98,7 @@ def load(folder: Path) -> Snapshot:
         if manifest["format"] != FORMAT or set(files) != {ADAPTER, OPTIMIZER, STATE}:
             raise DamagedCheckpoint(f"{folder / MANIFEST}: expected format {FORMAT}, found {manifest['format']}")
         for name, digest in files.items():
-            if _sha256(folder / name) != digest:
+            if file_digest(folder / name) != digest:
                 raise DamagedCheckpoint(f"{folder / name}: its bytes changed since it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder}: incomplete ({type(error).__name__}: {error})") from None

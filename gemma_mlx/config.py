@@ -19,6 +19,9 @@ import yaml
 from gemma_mlx.errors import InputError
 
 CONFIG_FILE = "config.yaml"
+METRICS, LEDGER, REPORT = "metrics.jsonl", "rows.jsonl", "report.json"
+ADAPTER = "adapter"
+"""Files of a run's folder, and the folder of its adapter."""
 """A run's options, in its folder."""
 NO_TARGETS = "none"
 """For ``targets``: no adapters."""

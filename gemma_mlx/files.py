@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+_STRETCH = 1 << 24
+
+
+def file_digest(path: Path, told: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file's bytes, in hexadecimal; ``told`` is given the length of each stretch that was read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while data := f.read(_STRETCH):
+            digest.update(data)
+            if told is not None:
+                told(len(data))
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

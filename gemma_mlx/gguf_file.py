@@ -17,8 +17,10 @@ SUFFIX = ".gguf"
 ARCHITECTURE = "gemma3"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens (llama.cpp's ``llama_token_type``)."""
+RESERVED = ("<unused", "<mask>")
+"""Beginnings of tokens that stand for nothing."""
 
-_LAYERS_OF_27B = 62  # its scores are scaled by the width of the stream, which no key says
+LAYERS_OF_27B = 62  # its scores are scaled by the width of the stream, which no key says
 _MARKER = re.compile(r"<(start|end)_of_\w+>")
 
 
@@ -102,7 +104,7 @@ def config(path: str | Path) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": own("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "query_pre_attn_scalar": hidden / heads if layers == _LAYERS_OF_27B else head_dim,
+        "query_pre_attn_scalar": hidden / heads if layers == LAYERS_OF_27B else head_dim,
         "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
         "sliding_window": own("attention.sliding_window"),
         "sliding_window_pattern": None if types else pattern,
@@ -158,7 +160,7 @@ def tokenizer(path: str | Path) -> Any:
 
 def _is_special(text: str, kind: int) -> bool:
     """Whether decoding leaves a token out: markers, not the unused ones or runs of white space."""
-    return bool(_MARKER.fullmatch(text)) or (kind != USER_DEFINED and not text.startswith(("<unused", "<mask>")))
+    return bool(_MARKER.fullmatch(text)) or (kind != USER_DEFINED and not text.startswith(RESERVED))
 
 
 def merges(texts: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from gemma_mlx import checkpoint, machine
 from gemma_mlx.adapters.start import adopted, first_weights
-from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure
+from gemma_mlx.config import ADAPTER, CONFIG_FILE, LEDGER, METRICS, REMEMBERED, REPORT, TrainConfig, configure
 from gemma_mlx.data.batches import Batches
 from gemma_mlx.data.buckets import MOST_VALID
 from gemma_mlx.data.dataset import Dataset
@@ -56,11 +56,7 @@ from gemma_mlx.signals import Interrupted, StopRequest, stop_request
 from gemma_mlx.step import Step, Sums, add
 from gemma_mlx.tower_store import open_store
 
-METRICS = "metrics.jsonl"
-LEDGER = "rows.jsonl"
 BAD_ROWS = "bad_rows.csv"
-ADAPTER = "adapter"
-REPORT = "report.json"
 PLOT = "loss.png"
 
 

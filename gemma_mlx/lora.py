@@ -26,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.models.quantize import module_at, put_module
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -213,19 +214,6 @@ def resolve_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]
     return sorted(chosen, key=_natural)
 
 
-def module_at(model: nn.Module, path: str) -> Any:
-    """The module at a dotted path."""
-    node: Any = model
-    for part in path.split(".") if path else ():
-        node = node[int(part)] if isinstance(node, list) else getattr(node, part)
-    return node
-
-
-def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
-    way, _, last = path.rpartition(".")
-    return module_at(model, way), last
-
-
 def apply_lora(
     model: nn.Module, targets: str | Iterable[str] = "decoder", rank: int = 16, alpha: float | None = None,
     dropout: float = 0.0, seed: int = 0, dora: bool = False,
@@ -243,13 +231,9 @@ def apply_lora(
     keys = mx.random.split(mx.random.key(seed), len(paths))
     model.freeze()
     for path, key in zip(paths, keys, strict=True):
-        parent, name = _parent(model, path)
-        linear = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
+        linear = module_at(model, path)
         layer = (DoRALinear if dora else LoRALinear)(linear, rank, rank if alpha is None else alpha, dropout, key)
-        if isinstance(parent, list):
-            parent[int(name)] = layer
-        else:
-            setattr(parent, name, layer)
+        put_module(model, path, layer)
     freeze_base(model)
     return paths
 

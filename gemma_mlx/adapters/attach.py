@@ -21,8 +21,8 @@ from gemma_mlx.adapters.fitting import fit
 from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.errors import InputError
 from gemma_mlx.full import full_modules, put_full, tensor_names
-from gemma_mlx.lora import DoRALinear, LoRALinear, freeze_base, lora_layers, module_at
-from gemma_mlx.models.quantize import put_module
+from gemma_mlx.lora import DoRALinear, LoRALinear, freeze_base, lora_layers
+from gemma_mlx.models.quantize import module_at, put_module
 
 Names = str | Path | Sequence[str | Path]
 

@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 from gemma_mlx.adapters.adapter import Adapter, LowRank
 from gemma_mlx.errors import InputError
 from gemma_mlx.full import candidates, saved_shapes
-from gemma_mlx.lora import _natural, linear_paths, linear_shape, module_at
+from gemma_mlx.lora import _natural, linear_paths, linear_shape
 from gemma_mlx.models.names import module_path, to_mlx_axes
+from gemma_mlx.models.quantize import module_at
 from gemma_mlx.skeleton import skeleton
 from gemma_mlx.spec import read_spec
 

@@ -14,12 +14,13 @@ import mlx.core as mx
 
 from gemma_mlx.adapters.adapter import Adapter, LowRank
 from gemma_mlx.errors import InputError
+from gemma_mlx.lora import DoRALinear, LoRALinear
 from gemma_mlx.models.names import module_path
 
 FORMATS = (1, 2)
 """Of our part of the config; 2 where layers have ranks or scales of their own, which mlx-lm does not read."""
 KINDS = ("lora", "dora", "full")
-_LEAVES = ("lora_a", "lora_b", "m")
+_LEAVES = DoRALinear.TENSORS
 _LEGACY = {"A": "lora_a", "B": "lora_b"}
 
 
@@ -66,7 +67,7 @@ def _own(path: Path, config: dict[str, Any], tensors: dict[str, mx.array]) -> Ad
 
 
 def _leaves(kind: str) -> tuple[str, ...]:
-    return _LEAVES if kind == "dora" else _LEAVES[:2]
+    return (DoRALinear if kind == "dora" else LoRALinear).TENSORS
 
 
 def _low_rank(path: Path, key: str, leaves: dict[str, mx.array], scale: float, rank: int | None) -> LowRank:

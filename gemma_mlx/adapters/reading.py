@@ -11,13 +11,12 @@ import mlx.core as mx
 
 from gemma_mlx.adapters import mlx_layout, peft_layout
 from gemma_mlx.adapters.adapter import Adapter
+from gemma_mlx.config import ADAPTER
 from gemma_mlx.errors import InputError
 from gemma_mlx.lora import ADAPTER_CONFIG as CONFIG
 from gemma_mlx.lora import ADAPTER_WEIGHTS as MLX_WEIGHTS
 
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-RUN_ADAPTER = "adapter"
-"""Folder of the adapter in a run's folder."""
 
 
 def find_adapter(name: str | Path, revision: str | None = None) -> Path:
@@ -29,8 +28,8 @@ def find_adapter(name: str | Path, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         return folder
-    if (folder / RUN_ADAPTER / CONFIG).is_file():
-        return folder / RUN_ADAPTER
+    if (folder / ADAPTER / CONFIG).is_file():
+        return folder / ADAPTER
     text = str(name)
     if not folder.exists() and text.count("/") == 1 and not text.startswith(("/", ".", "~")):
         return _downloaded(text, revision)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from gemma_mlx.adapters.adapter import Adapter
+from gemma_mlx.adapters.adapter import Adapter, LowRank
 from gemma_mlx.errors import InputError
 from gemma_mlx.files import replace_whole, write_whole
-from gemma_mlx.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_mlx.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DoRALinear
 
 
 def own_config(
@@ -49,6 +49,15 @@ def write_files(folder: Path, tensors: Mapping[str, mx.array], config: Mapping[s
     write_whole(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
+def low_rank_tensors(layers: Mapping[str, LowRank], name: Callable[[str], str] = str) -> dict[str, mx.array]:
+    """Tensor name -> tensor of these layers, whose paths `name` spells."""
+    found: dict[str, mx.array] = {}
+    for path, layer in layers.items():
+        leaves = dict(zip(DoRALinear.TENSORS, (layer.a, layer.b, layer.m), strict=True))
+        found |= {f"{name(path)}.{leaf}": tensor for leaf, tensor in leaves.items() if tensor is not None}
+    return found
+
+
 def save(adapter: Adapter, folder: Path) -> None:
     """Write an adapter (under the model's paths, weights in MLX's layouts) in the dtypes that it has.
 
@@ -57,13 +66,9 @@ def save(adapter: Adapter, folder: Path) -> None:
     """
     if len({layer.m is None for layer in adapter.layers.values()}) > 1:
         raise InputError(f"{folder}: some layers have DoRA and some do not; a file has one kind")
-    tensors: dict[str, mx.array] = {}
-    for path, layer in adapter.layers.items():
-        tensors |= {f"{path}.lora_a": layer.a, f"{path}.lora_b": layer.b}
-        if layer.m is not None:
-            tensors[f"{path}.m"] = layer.m
     ranks = {path: layer.rank for path, layer in adapter.layers.items()}
     scales = {path: layer.scale for path, layer in adapter.layers.items()}
     own = {"base_model": adapter.base, "targets": None, "options": dict(adapter.options)}
     config = own_config(ranks, scales, adapter.dropout, adapter.dora, list(adapter.modules), own)
-    write_files(folder, {name: mx.contiguous(t) for name, t in (tensors | dict(adapter.full)).items()}, config)
+    tensors = low_rank_tensors(adapter.layers) | dict(adapter.full)
+    write_files(folder, {name: mx.contiguous(tensor) for name, tensor in tensors.items()}, config)

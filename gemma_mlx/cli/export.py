@@ -84,9 +84,7 @@ def command(checked: str | None, form: str, shard_gb: float, **options: Any) -> 
         return _verify(checked, options["quiet"])
     from gemma_mlx.exporting.run import export
 
-    if not options["private"] and options["push_to_hub"] is None:
-        options.pop("private")
-    elif options["push_to_hub"] is None:
+    if options["private"] and options["push_to_hub"] is None:
         raise InputError("--private: concerns --push-to-hub; name the repository")
     adapters = options.pop("adapter")
     export(

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_mlx import gguf_file
 from gemma_mlx.data.tokenizer import Tokenizer
-from gemma_mlx.exporting.tensors import INDEX
+from gemma_mlx.models.load import INDEX
 from gemma_mlx.spec import read_spec
 
 TEMPLATE, TOKENIZER, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"

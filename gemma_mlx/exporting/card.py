@@ -27,7 +27,6 @@ SETTINGS = (
     "train_on", "audio_window", "image_tokens",
 )  # fmt: skip
 """Options of a run that a card may show: numbers and choices."""
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 _TERMS = {"gemma3n": "gemma", "gemma3_text": "gemma"}
 """Licences by model type, where every published checkpoint of it has the same."""
@@ -67,21 +66,9 @@ def write_card(
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def public_name(source: Source) -> str | None:
-    """The base's Hub id; None where it was named by a path."""
-    if Path(source.base_name).expanduser().exists() or not _HUB_ID.fullmatch(source.base_name):
-        return None
-    return source.base_name
-
-
-def shown_name(source: Source) -> str:
-    """The base for a reader: its Hub id, or the last part of its path."""
-    return public_name(source) or Path(source.base_name).name
-
-
 def title(source: Source) -> str:
     """The card's heading."""
-    name = shown_name(source).rpartition("/")[2]
+    name = source.shown_name.rpartition("/")[2]
     return f"{name}, fine-tuned" if source.adapter is not None else name
 
 
@@ -90,7 +77,7 @@ def metadata(
 ) -> dict[str, Any]:
     """The header of the card."""
     spec, found = read_spec(source.base), {}
-    if name := public_name(source):
+    if name := source.public_name:
         found["base_model"] = name
         found["base_model_relation"] = "quantized" if source.adapter is None and form == "gguf" else _RELATION[form]
     if licence := licence_of(source):
@@ -129,11 +116,11 @@ def licence_of(source: Source) -> str | None:
     kind = read_spec(source.base).config["model_type"]
     if kind in _TERMS:
         return _TERMS[kind]
-    return "apache-2.0" if (public_name(source) or "").startswith("google/gemma-4") else None
+    return "apache-2.0" if (source.public_name or "").startswith("google/gemma-4") else None
 
 
 def _about(source: Source, form: str, options: ExportOptions, header: dict[str, Any]) -> str:
-    base = shown_name(source) + (f" at revision `{source.revision}`" if source.revision else "")
+    base = source.shown_name + (f" at revision `{source.revision}`" if source.revision else "")
     kinds = {
         "hf": "merged weights in Hugging Face's layout",
         "peft": "an adapter for PEFT",
@@ -215,7 +202,7 @@ processor = {processor}.from_pretrained("PATH_OR_ID")
 
 def _use_peft(folder: Path, source: Source) -> str:
     model = _class(source.base)
-    base = '"PATH_OR_ID/base"' if (folder / "base").is_dir() else f'"{shown_name(source)}"'
+    base = '"PATH_OR_ID/base"' if (folder / "base").is_dir() else f'"{source.shown_name}"'
     return _code(
         "python",
         f"""
@@ -231,7 +218,7 @@ model = PeftModel.from_pretrained(base, "PATH_OR_ID")
 def _use_mlx(folder: Path, source: Source) -> str:
     program = "mlx_lm generate" if _class(source.base) == "AutoModelForCausalLM" else "mlx_vlm.generate"
     place = "mlx-vlm" if program == "mlx_vlm.generate" and (folder / "mlx-vlm").is_dir() else "."
-    return _code("bash", f"python -m {program} --model {shown_name(source)} --adapter-path {place} --prompt Hello")
+    return _code("bash", f"python -m {program} --model {source.shown_name} --adapter-path {place} --prompt Hello")
 
 
 def _use_gguf(folder: Path, source: Source) -> str:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gemma_mlx.config import LEDGER, REPORT
 from gemma_mlx.errors import InputError
 
-REPORT, LEDGER = "report.json", "rows.jsonl"
 _NAMES = {
     "wer": "word error rate", "cer": "character error rate", "bleu": "BLEU", "chrf": "chrF",
     "exact_match": "exact match", "f1": "F1", "anls": "ANLS", "perplexity": "perplexity",

@@ -24,8 +24,9 @@ from gemma_mlx.exporting.gguf_limits import check_limits
 from gemma_mlx.exporting.gguf_lora import ARCHITECTURES, write_lora
 from gemma_mlx.exporting.gguf_tokenizer import complete
 from gemma_mlx.exporting.options import ExportOptions, Source
-from gemma_mlx.exporting.tensors import INDEX, check_space
+from gemma_mlx.exporting.tensors import check_space
 from gemma_mlx.gguf_file import is_gguf
+from gemma_mlx.models.load import INDEX, stored_tensors
 from gemma_mlx.progress import Reporter
 from gemma_mlx.spec import ModelSpec, read_spec
 
@@ -149,7 +150,7 @@ def add_unread(tree: Path, spec: ModelSpec) -> None:
         layer = f"model.language_model.layers.{i}.self_attn."
         found |= {f"{layer}{name}_proj.weight": mx.zeros((width, text.hidden_size)) for name in ("k", "v")}
         found[f"{layer}k_norm.weight"] = mx.zeros((text.head_dim,))
-    held = {name for file in tree.glob("*.safetensors") for name in mx.load(str(file))}
+    held = stored_tensors(tree)
     missing = {name: tensor for name, tensor in found.items() if name not in held}
     if missing:
         mx.save_safetensors(str(tree / "model-unread.safetensors"), missing, metadata={"format": "pt"})

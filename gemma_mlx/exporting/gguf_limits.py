@@ -6,10 +6,10 @@ Published checkpoints are all as llama.cpp expects; the converter writes none of
 from __future__ import annotations
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import LAYERS_OF_27B
 from gemma_mlx.spec import FULL, SLIDING, ModelSpec
 
 _PERIOD_3 = 6
-_LAYERS_OF_27B = 62
 _OWN_KV_3N, _SPARSE_3N, _SPARSITY_3N = 20, 10, 0.95
 _PER_LAYER_3N, _LAUREL_3N = 256, 64
 _THETA = 10_000.0
@@ -28,7 +28,7 @@ def check_limits(spec: ModelSpec) -> None:
     elif kind.startswith("gemma3"):
         types = tuple(FULL if i % _PERIOD_3 == _PERIOD_3 - 1 else SLIDING for i in range(text.num_hidden_layers))
         _equal(kind, "layer_types", tuple(text.layer_types), types)
-        large = text.num_hidden_layers == _LAYERS_OF_27B
+        large = text.num_hidden_layers == LAYERS_OF_27B
         scale = text.hidden_size // text.num_attention_heads if large else text.head_dim
         _equal(kind, "query_pre_attn_scalar", float(text.query_pre_attn_scalar), float(scale))
         _equal(kind, "rope_theta of sliding layers", text.rope_parameters[SLIDING]["rope_theta"], _THETA)

@@ -14,28 +14,25 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from gemma_mlx.adapters.adapter import Adapter, LowRank
+from gemma_mlx.adapters.adapter import Adapter, LowRank, in_tower
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.reading import read_adapter
 from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.gguf_converter import HINT
 from gemma_mlx.exporting.options import Source
+from gemma_mlx.models.gguf import PARTS
 
 ARCHITECTURES = {
     "gemma3": "gemma3", "gemma3_text": "gemma3", "gemma3n": "gemma3n", "gemma3n_text": "gemma3n",
     "gemma4": "gemma4", "gemma4_text": "gemma4", "gemma4_unified": "gemma4", "gemma4_unified_text": "gemma4",
 }  # fmt: skip
 """model_type of config.json -> llama.cpp's architecture."""
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj",
-    "router.proj": "ffn_gate_inp",
+NAMES = {path: name for name, path in PARTS.items() if path.endswith("_proj")} | {
+    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "router.proj": "ffn_gate_inp",
     "laurel.linear_left": "laurel_l", "laurel.linear_right": "laurel_r",
 }  # fmt: skip
 """Linears of a layer -> llama.cpp's names, of those that its graphs multiply through the LoRA path."""
 _LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
-_OUTSIDE = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 _ELSE = "leave out --gguf-lora for a merged model"
 
 
@@ -59,7 +56,7 @@ def write_lora(source: Source, path: Path, model_type: str) -> list[str]:
 
 def check(adapter: Adapter) -> None:
     """Raise InputError for an adapter that llama.cpp has no form for, or would apply in part."""
-    outside = [path for path in adapter.layers if any(part in _OUTSIDE for part in path.split("."))]
+    outside = [path for path in adapter.layers if in_tower(path)]
     if outside:
         raise InputError(
             f"--gguf-lora: {len(outside)} of {len(adapter.layers)} adapted layers are in towers ({outside[0]} first), "

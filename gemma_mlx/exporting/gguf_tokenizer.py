@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.gguf_file import BYTE, CONTROL, NORMAL, RESERVED, UNKNOWN, USER_DEFINED
 
 MODEL, FILE, MERGES = "tokenizer.model", "tokenizer.json", "merges.txt"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _BYTE_PAIRS = 2
 _SPACE = "▁"
-_CONTROL = ("<unused", "<mask>")
 _SCORE = -1000.0
 
 
@@ -33,7 +32,7 @@ def complete(folder: Path, model_type: str) -> list[str]:
     Raises:
         InputError: there is no tokenizer, or one that llama.cpp has no form for.
     """
-    own = model_type.startswith(("gemma3", "gemma3n"))
+    own = model_type.startswith("gemma3")
     if own and (folder / MODEL).is_file():
         return []
     try:
@@ -80,7 +79,7 @@ def pieces(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> list[tupl
 def _kind(text: str, special: bool | None) -> int:
     if text == "<unk>":
         return UNKNOWN
-    if special or text.startswith(_CONTROL):
+    if special or text.startswith(RESERVED):
         return CONTROL
     if special is False:
         return USER_DEFINED

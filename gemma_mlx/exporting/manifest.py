@@ -9,23 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx import __version__
+from gemma_mlx.errors import InputError
 from gemma_mlx.exporting.options import Source
-from gemma_mlx.files import write_whole
+from gemma_mlx.files import file_digest, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_CHUNK = 1 << 24
-
-
-def sha256(path: Path, told: Callable[[int], None] | None = None) -> str:
-    """The digest of a file, read by stretches; `told` is given the bytes of each."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while data := f.read(_CHUNK):
-            digest.update(data)
-            if told is not None:
-                told(len(data))
-    return digest.hexdigest()
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -50,7 +39,7 @@ def base_fingerprint(base: Path) -> str:
     Of a GGUF file: all its bytes.
     """
     if base.is_file():
-        return "sha256:" + sha256(base)
+        return "sha256:" + file_digest(base)
     digest = hashlib.sha256()
     for path in [base / "config.json", *sorted(base.glob("*.safetensors"))]:
         if not path.is_file():
@@ -71,22 +60,22 @@ def adapter_digest(adapter: Path | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in sorted(p for p in adapter.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors")):
-        digest.update(f"{path.name}\0{sha256(path)}\0".encode())
+        digest.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return "sha256:" + digest.hexdigest()
 
 
 def write_manifest(folder: Path, source: Source, form: str, told: Callable[[int], None] | None = None) -> None:
     """Write manifest.json over every file that the folder holds now."""
     files = {
-        name: {"sha256": sha256(path, told), "bytes": path.stat().st_size} for name, path in files_of(folder).items()
+        name: {"sha256": file_digest(path, told), "bytes": path.stat().st_size}
+        for name, path in files_of(folder).items()
     }
-    base = Path(source.base_name)
     content = {
         "format": FORMAT,
         "export": form,
         "gemma_mlx": __version__,
         "base": {
-            "name": base.name if source.base_name == str(base) and base.exists() else source.base_name,
+            "name": source.shown_name,
             "revision": source.revision,
             "fingerprint": base_fingerprint(source.base),
         },
@@ -112,7 +101,7 @@ def verify(folder: str | Path, told: Callable[[int], None] | None = None) -> lis
             lines.append(f"{name}: missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
             lines.append(f"{name}: damaged, {size} bytes instead of {entry['bytes']}")
-        elif sha256(path, told) != entry["sha256"]:
+        elif file_digest(path, told) != entry["sha256"]:
             lines.append(f"{name}: damaged, its bytes changed")
     return lines + [f"{name}: extra, not in the manifest" for name in found if name not in listed]
 
@@ -123,13 +112,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not there, not readable, or of another format.
     """
-    from gemma_mlx.errors import InputError
-
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["files"]
-        known = content["format"] == FORMAT and all({"sha256", "bytes"} <= set(entry) for entry in files.values())
+        known = content["format"] == FORMAT and all({"sha256", "bytes"} <= entry.keys() for entry in files.values())
     except FileNotFoundError:
         raise InputError(f"{folder}: no export here ({MANIFEST} is missing)") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -21,9 +21,8 @@ from gemma_mlx.adapters.adapter import Adapter, LowRank, in_tower
 from gemma_mlx.adapters.combine import of_rank
 from gemma_mlx.adapters.fitting import fit_to_base
 from gemma_mlx.adapters.reading import read_adapter
-from gemma_mlx.adapters.writing import write_files
+from gemma_mlx.adapters.writing import low_rank_tensors, write_files
 from gemma_mlx.errors import InputError
-from gemma_mlx.exporting.card import shown_name
 from gemma_mlx.exporting.options import ExportOptions, Source
 from gemma_mlx.models.load import DTYPES
 from gemma_mlx.models.names import stored_name
@@ -55,10 +54,10 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     decoder = adapter.only(lambda path: not in_tower(path))
     towers = len(adapter.layers) + len(adapter.modules) - len(decoder.layers) - len(decoder.modules)
     if decoder.layers or decoder.modules:
-        write_one(decoder, lm_names(kind), folder, dtype, shown_name(source))
+        write_one(decoder, lm_names(kind), folder, dtype, source.shown_name)
         lines.append(f"{len(decoder.layers) + len(decoder.modules)} layers of the decoder, for mlx-lm")
     if kind != "gemma3_text" and adapter.layers and (towers or kind == "gemma3n"):
-        write_one(adapter, vlm_names(spec.unified), folder / VLM, dtype, shown_name(source))
+        write_one(adapter, vlm_names(spec.unified), folder / VLM, dtype, source.shown_name)
         lines.append(f"all {len(adapter.layers)} layers, for mlx-vlm, in its folder {VLM}/")
     if towers:
         lines.append(f"mlx-lm has no towers: the {towers} layers there are in the files for mlx-vlm alone")
@@ -113,10 +112,7 @@ def write_one(
         config["lora_parameters"] = {
             "rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": [name(path) for path in layers],
         }  # fmt: skip
-        for path, layer in layers.items():
-            tensors |= {f"{name(path)}.lora_a": layer.a, f"{name(path)}.lora_b": layer.b}
-            if layer.m is not None:
-                tensors[f"{name(path)}.m"] = layer.m
+        tensors |= low_rank_tensors(layers, name)
     write_files(folder, {n: mx.contiguous(t if dtype is None else t.astype(dtype)) for n, t in tensors.items()}, config)
 
 

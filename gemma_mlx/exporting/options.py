@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FORMATS = ("hf", "peft", "mlx", "gguf")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ class Source:
     remembered: Mapping[str, Any] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     kept: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def public_name(self) -> str | None:
+        """The base's Hub id; None where it was named by a path."""
+        if Path(self.base_name).expanduser().exists() or not _HUB_ID.fullmatch(self.base_name):
+            return None
+        return self.base_name
+
+    @property
+    def shown_name(self) -> str:
+        """The base for a reader, and in files: its Hub id, or the last part of its path, which may be private."""
+        return self.public_name or Path(self.base_name).name
 
 
 @dataclass(frozen=True)

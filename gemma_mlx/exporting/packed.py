@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from gemma_mlx.exporting.tensors import DTYPES, Entry, Part, raw
+from gemma_mlx.exporting.tensors import Entry, Part, raw
 from gemma_mlx.exporting.tree import Rows, Tree, rounded, rows_of, stretches, unread
 from gemma_mlx.models.families import build
 from gemma_mlx.models.quantize import GROUP, group_of, quantizable
@@ -52,9 +52,7 @@ def packed_entries(tree: Tree, bits: int, dtype: str | None) -> tuple[list[Entry
     entries: list[Entry] = []
     overrides: dict[str, Any] = {}
     for path, shape, values in held:
-        kept = tree.stored.get(path)
-        own = kept.dtype if kept is not None and kept.dtype in DTYPES and kept.dtype != "U32" else tree.dtype
-        target, owner = dtype or own, path.removesuffix(".weight")
+        target, owner = dtype or tree.dtype_of(path), path.removesuffix(".weight")
         for name, inner, rows in _halves(path, shape, values):
             named = mlx_name(name, spec.config["model_type"])
             if owner not in packed and path not in packed:

@@ -24,7 +24,6 @@ from gemma_mlx.adapters.peft_layout import PREFIX, rank_and_alpha, scale_of
 from gemma_mlx.adapters.reading import CONFIG, PEFT_WEIGHTS, read_adapter
 from gemma_mlx.adapters.writing import save
 from gemma_mlx.errors import InputError
-from gemma_mlx.exporting.card import shown_name
 from gemma_mlx.exporting.options import ExportOptions, Source
 from gemma_mlx.files import replace_whole, write_whole
 from gemma_mlx.models.load import DTYPES
@@ -53,24 +52,22 @@ def write(source: Source, folder: Path, options: ExportOptions) -> list[str]:
     if adapter.layout != "peft":  # which has the names that its own model has
         adapter = fitted
     adapter, lines = of_rank(adapter, options.adapter_rank)
-    base = source.base_name
+    base, revision, where = source.shown_name, source.revision, source.base_name
     if options.merge_towers:
         adapter, merged = _without_towers(source, adapter, folder, options)
         if merged:
             lines.append(
                 f"{merged} layers of towers and embedders are merged into the folder {BASE}/: use it as the base"
             )
-            base = BASE
-    written, config = tensors(adapter), config_of(
-        adapter, BASE if base == BASE else shown_name(source), source.revision if base != BASE else None
-    )
+            base, revision, where = BASE, None, f"{BASE}/"
+    written, config = tensors(adapter), config_of(adapter, base, revision)
     if options.dtype:
         written = {name: tensor.astype(DTYPES[options.dtype]) for name, tensor in written.items()}
     replace_whole(
         folder / PEFT_WEIGHTS, lambda path: mx.save_safetensors(str(path), written, metadata={"format": "pt"})
     )
     write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return [*lines, *_notes(adapter, source, f"{BASE}/" if base == BASE else base)]
+    return [*lines, *_notes(adapter, source, where)]
 
 
 def _without_towers(source: Source, adapter: Adapter, folder: Path, options: ExportOptions) -> tuple[Adapter, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +11,13 @@ from gemma_mlx import checkpoint
 from gemma_mlx.adapters.reading import find_adapter, read_adapter
 from gemma_mlx.adapters.start import scales_of
 from gemma_mlx.adapters.writing import own_config, write_files
-from gemma_mlx.config import CONFIG_FILE, REMEMBERED, TrainConfig, configure, read_yaml
+from gemma_mlx.config import ADAPTER, CONFIG_FILE, METRICS, REMEMBERED, REPORT, TrainConfig, configure, read_yaml
 from gemma_mlx.errors import InputError
+from gemma_mlx.exporting.card_data import read_object
 from gemma_mlx.exporting.options import Source
-from gemma_mlx.lora import ADAPTER_CONFIG, _natural, remembered_options
+from gemma_mlx.lora import ADAPTER_CONFIG, DoRALinear, _natural, remembered_options
 from gemma_mlx.models.load import resolve
 from gemma_mlx.plots import read_metrics
-
-ADAPTER, METRICS, REPORT = "adapter", "metrics.jsonl", "report.json"
-_LEAVES = ("lora_a", "lora_b", "m")
 
 
 def find_source(
@@ -131,10 +128,8 @@ def best_step(run: Path) -> int | None:
 
 def _reported(run: Path) -> int | None:
     """Steps of a run that came to its end."""
-    try:
-        return int(json.loads((run / REPORT).read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    steps = read_object(run / REPORT).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _finished(run: Path) -> bool:
@@ -178,7 +173,7 @@ def as_adapter(
     """
     weights, names = snapshot.weights, sorted(snapshot.weights, key=_natural)  # a file has them in any order
     ranks = {name.rpartition(".")[0]: weights[name].shape[1] for name in names if name.endswith(".lora_a")}
-    own = {f"{path}.{leaf}" for path in ranks for leaf in _LEAVES}
+    own = {f"{path}.{leaf}" for path in ranks for leaf in DoRALinear.TENSORS}
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names if name not in own))
     scales = dict.fromkeys(ranks, config.adapter_alpha / config.rank) | dict(scales or {})
     remembered = {name: getattr(config, name) for name in REMEMBERED}

@@ -18,10 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_mlx.errors import InputError
+from gemma_mlx.models.load import INDEX
 
 CHUNK_BYTES = 1 << 26
 """About so much of a tensor is in memory at a time."""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
 """safetensors' names of MLX's dtypes."""
 DTYPES = {name: dtype for dtype, name in NAMES.items()}

@@ -23,7 +23,7 @@ from gemma_mlx.exporting.options import Source
 from gemma_mlx.exporting.tensors import CHUNK_BYTES, DTYPES, NAMES, Entry, Part, raw
 from gemma_mlx.full import full_modules, tensor_names
 from gemma_mlx.gguf_file import is_gguf
-from gemma_mlx.lora import LoRALinear, lora_layers, module_at
+from gemma_mlx.lora import LoRALinear, lora_layers
 from gemma_mlx.merging import float_rows, merged_rows
 from gemma_mlx.models.families import build
 from gemma_mlx.models.load import StoredTensor, chosen_dtype, load_model, stored_tensors
@@ -36,7 +36,7 @@ from gemma_mlx.models.names import (
     to_mlx_axes,
     to_torch_axes,
 )
-from gemma_mlx.models.quantize import group_of, put_module, quantizable
+from gemma_mlx.models.quantize import group_of, module_at, put_module, quantizable
 from gemma_mlx.models.stacks import GATE, GATE_UP, UP, ExpertStacks
 from gemma_mlx.models.tables import DiskTable
 
@@ -63,6 +63,11 @@ class Tree:
     dtype: str
     torch_layout: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
+
+    def dtype_of(self, path: str) -> str:
+        """The dtype of a parameter as the base has it, unpacked; safetensors' name of it."""
+        kept = self.stored.get(path)
+        return kept.dtype if kept is not None and kept.dtype in DTYPES and kept.dtype != "U32" else self.dtype
 
 
 def open_tree(source: Source) -> Tree:
@@ -173,8 +178,7 @@ def plain_entries(tree: Tree, dtype: str | None = None) -> list[Entry]:
     spec, entries = tree.model.spec, []
     for path, shape in tree.shapes.items():
         kept = tree.stored.get(path)
-        own = kept.dtype if kept is not None and kept.dtype in DTYPES and kept.dtype != "U32" else tree.dtype
-        target, name = dtype or own, stored_name(path, spec.unified)
+        target, name = dtype or tree.dtype_of(path), stored_name(path, spec.unified)
         axes = to_torch_axes(path, len(shape))
         final = shape if axes is None else tuple(shape[a] for a in axes)
         part = Part(name, final, target)

@@ -13,7 +13,7 @@ from gemma_mlx.gguf_file import open_gguf
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-_PARTS = {
+PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -28,6 +28,7 @@ _PARTS = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+"""llama.cpp's name of a part of a layer -> its module."""
 
 
 def gguf_path(name: str) -> str | None:
@@ -35,7 +36,7 @@ def gguf_path(name: str) -> str | None:
     if name in _TOP:
         return _TOP[name]
     found = _BLOCK.fullmatch(name)
-    part = _PARTS.get(found[2]) if found else None
+    part = PARTS.get(found[2]) if found else None
     return f"model.layers.{found[1]}.{part}.weight" if part else None
 
 

@@ -60,9 +60,10 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, _FLOAT + _QUANTIZED)}
 
 
-def _at(model: nn.Module, path: str) -> Any:
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module, or array, at a dotted path; the model itself at ""."""
     node: Any = model
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         node = node[int(part)] if isinstance(node, list) else getattr(node, part)
     return node
 
@@ -70,7 +71,7 @@ def _at(model: nn.Module, path: str) -> Any:
 def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in the place of another."""
     owner, _, last = path.rpartition(".")
-    node = _at(model, owner) if owner else model
+    node = module_at(model, owner)
     if isinstance(node, list):
         node[int(last)] = module
     else:
@@ -121,7 +122,7 @@ def quantize_model(model: nn.Module, bits: int, parts: Iterable[str] = ()) -> li
 
 def _matrix(model: nn.Module, path: str) -> nn.Module:
     """The matrix, or stack of matrices, at a path."""
-    found = _at(model, path)
+    found = module_at(model, path)
     return Stack(found) if isinstance(found, mx.array) else found
 
 

@@ -62,7 +62,7 @@ def test_damage_falls_back_to_the_one_before_with_one_line(tmp_path, name, damag
         newest(tmp_path)
 
 
-@pytest.mark.parametrize("point", ["save_safetensors", "flush", "_sha256", "rename"])
+@pytest.mark.parametrize("point", ["save_safetensors", "flush", "file_digest", "rename"])
 def test_a_write_that_fails_anywhere_leaves_the_old_state(tmp_path, monkeypatch, point):
     save(tmp_path, snapshot(5))
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlx.data.sources.lines import LineFile, plain_starts
-from gemma_mlx.data.sources.table import Row, file_digest
+from gemma_mlx.data.sources.table import Row
 from gemma_mlx.data.values import kind_of
 from gemma_mlx.errors import InputError
+from gemma_mlx.files import file_digest
 
 LOOKED_AT = 1_000
 """Rows whose keys are the table's columns."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from gemma_mlx.data.blob import suffix_of
 from gemma_mlx.data.sources.lines import FIELD_LIMIT, LineFile, broken_record, csv_starts
-from gemma_mlx.data.sources.table import Row, file_digest
+from gemma_mlx.data.sources.table import Row
 from gemma_mlx.errors import InputError
+from gemma_mlx.files import file_digest
 
 _MARK = b"\xef\xbb\xbf"
 """The byte-order mark; a quote behind it opens a cell."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -66,9 +64,3 @@ def stretches(tables: Sequence[Table], row_bytes: int) -> tuple[list[int], list[
         units += own
         sizes += [rows * row_bytes for rows in own] if known is None else known
     return units, sizes
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
