@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from gemma_mlx.normalizers import tokens
@@ -25,15 +25,21 @@ class Word(NamedTuple):
     kind: str
 
 
-def align(reference: Sequence[str], prediction: Sequence[str]) -> list[Piece]:
-    """The shortest way from reference to prediction, in runs; its counts of each kind are jiwer's."""
+def opcodes(reference: Sequence[str], prediction: Sequence[str]) -> Iterable[tuple[str, int, int, int, int]]:
+    """(kind, start and end in the reference, start and end in the prediction) of the runs of the shortest way; among
+    several ways jiwer's. Kinds are the keys of `KINDS`."""
     from rapidfuzz.distance import Levenshtein
 
     numbers: dict[str, int] = {}
     before, after = ([numbers.setdefault(word, len(numbers)) for word in side] for side in (reference, prediction))
+    return Levenshtein.opcodes(before, after)
+
+
+def align(reference: Sequence[str], prediction: Sequence[str]) -> list[Piece]:
+    """The shortest way from reference to prediction, in runs; its counts of each kind are jiwer's."""
     return [
         Piece(KINDS[tag], tuple(reference[i:j]), tuple(prediction[k:m]))
-        for tag, i, j, k, m in Levenshtein.opcodes(before, after)
+        for tag, i, j, k, m in opcodes(reference, prediction)
     ]
 
 

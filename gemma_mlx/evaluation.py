@@ -113,8 +113,7 @@ def evaluate(
 def _fetching(data: Any, reading: dict[str, Any]) -> Iterator[None]:
     """Puts a fetcher into ``reading``, for as long as media may be read."""
     if not isinstance(data, str | Path):
-        with nullcontext():
-            yield
+        yield
         return
     named = [str(data), *map(str, reading.get("media_roots", ()))]
     with reading.get("fetcher") or LazyFetcher(named) as fetcher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +88,15 @@ def generate(
 
 
 def answers(
-    model: Any, processor: Processor, examples: Sequence[Example], settings: Settings | None = None, batch_size: int = 8
-) -> Iterator[tuple[int, Answer]]:
+    model: Any, processor: Processor, examples: Sequence[Example], settings: Settings | None = None,
+    batch_size: int = 8, *, lengths: Sequence[int] | None = None, alter: Callable[[Batch], Batch] | None = None,
+) -> Iterator[tuple[int, Answer]]:  # fmt: skip
     """(index, answer) of every example, each as soon as it is there.
 
     ``batch_size`` of them are under way at a time, longest prompts first; where some have ended, the next take their
     places. That changes nothing in an answer but the last bits of rounding. Media are decoded when their turn comes.
+    ``lengths``: tokens of the prompts, where they are known. ``alter`` changes each batch of prompts before it is read,
+    its media say; their number and sizes must stay.
 
     Raises:
         InputError: a bad example, when its turn comes; a batch size below 1.
@@ -101,17 +104,22 @@ def answers(
     settings = settings or Settings()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    lengths = [len(processor.prompt(e, with_features=False)) for e in examples]
+    if lengths is None:
+        lengths = [len(processor.prompt(e, with_features=False)) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: -lengths[i])
     seed = _fresh_seed()
+
+    def batch_of(samples: list[Sample]) -> Batch:
+        batch = collate(samples, pad_id=processor.pad_id)
+        return batch if alter is None else alter(batch)
 
     def start(prompts: list[tuple[int, Sample]]) -> Running:
         indices, samples = [i for i, _ in prompts], [sample for _, sample in prompts]
         choose = Chooser(settings, [s.input_ids for s in samples], indices, processor.suppressed_ids, seed)
         rows = [_row(processor, settings, i, len(sample)) for i, sample in prompts]
-        batch = collate(samples, pad_id=processor.pad_id)
+        batch = batch_of(samples)
         alone = len(samples) > 1 and any(s.clips for s in samples) and reads_padding(model.spec, "audio")
-        media = [collate([s], pad_id=processor.pad_id) for s in samples] if alone else [batch]
+        media = [batch_of([s]) for s in samples] if alone else [batch]
         cache = model.make_cache()
         return Running(model, rows, cache, choose, read(model, batch, cache, media))
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from gemma_mlx.alignment import opcodes
 from gemma_mlx.languages import language_code
 from gemma_mlx.normalizers import basic, spaceless, tokens, whitespace
 
@@ -108,15 +109,11 @@ def _edits(references: References, prediction: str, split: Callable[[str], list[
 
 def edit_counts(reference: Sequence[str], prediction: Sequence[str]) -> np.ndarray:
     """float64 [4], `EDITS` of the shortest way from reference to prediction; among several ways jiwer's."""
-    from rapidfuzz.distance import Levenshtein
-
-    numbers: dict[str, int] = {}
-    before, after = ([numbers.setdefault(t, len(numbers)) for t in side] for side in (reference, prediction))
     changed = dict.fromkeys(("replace", "delete", "insert"), 0)
-    for tag, i, j, k, m in Levenshtein.opcodes(before, after):
+    for tag, i, j, k, m in opcodes(reference, prediction):
         if tag != "equal":
             changed[tag] += max(j - i, m - k)
-    hits = len(before) - changed["replace"] - changed["delete"]
+    hits = len(reference) - changed["replace"] - changed["delete"]
     return np.array([changed["replace"], changed["delete"], changed["insert"], hits], np.float64)
 
 

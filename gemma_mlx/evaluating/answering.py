@@ -16,7 +16,7 @@ from gemma_mlx.data.processor import Processor
 from gemma_mlx.evaluating.ledger import Record
 from gemma_mlx.evaluating.likelihood import row_likelihoods, samples_of
 from gemma_mlx.evaluating.rows import seconds_of
-from gemma_mlx.generation import answer_ids, answers, greedy, suppressing
+from gemma_mlx.generation import answers
 from gemma_mlx.models.media import MEDIA
 from gemma_mlx.sampling import Settings
 
@@ -66,19 +66,22 @@ def answer_all(
     """
     for chosen in batches_of(lengths, CHUNK * asking.batch_size):
         if not all(i in ledger.finished for i in chosen):
-            ledger.add([{"i": i, **found} for i, found in zip(
-                chosen, _answered(model, processor, [examples[i] for i in chosen], asking), strict=True
-            )])  # fmt: skip
+            rows, sizes = ([of[i] for i in chosen] for of in (examples, lengths))
+            found = _answered(model, processor, rows, sizes, asking)
+            ledger.add([{"i": i, **record} for i, record in zip(chosen, found, strict=True)])
         if progress:
             progress(len(ledger.finished), len(examples))
     return [ledger.finished[i] for i in range(len(examples))]
 
 
-def _answered(model: Any, processor: Processor, examples: list[Example], asking: Asking) -> Iterator[Record]:
+def _answered(
+    model: Any, processor: Processor, examples: list[Example], lengths: list[int], asking: Asking
+) -> Iterator[Record]:
     """What is found of each row of a chunk."""
     records: list[Record] = [{} for _ in examples]
     asked = [i for i, example in enumerate(examples) if not example.completion]
-    for i, (text, finish) in zip(asked, _said(model, processor, [examples[i] for i in asked], asking), strict=True):
+    said = _said(model, processor, [examples[i] for i in asked], [lengths[i] for i in asked], asking)
+    for i, (text, finish) in zip(asked, said, strict=True):
         records[i] |= {"text": text, "finish": finish}
     if asking.likelihood:
         sums = np.concatenate([
@@ -91,19 +94,15 @@ def _answered(model: Any, processor: Processor, examples: list[Example], asking:
         yield {**record, "seconds": seconds_of(example, processor)}
 
 
-def _said(model: Any, processor: Processor, examples: list[Example], asking: Asking) -> list[tuple[str, str]]:
+def _said(
+    model: Any, processor: Processor, examples: list[Example], lengths: list[int], asking: Asking
+) -> list[tuple[str, str]]:
     """(answer, how it finished) of each row."""
-    if not examples:
-        return []
-    if not asking.without_media:
-        found = dict(answers(model, processor, examples, Settings(asking.max_tokens), asking.batch_size))
-        return [(found[i].text, found[i].finish) for i in range(len(examples))]
-    sampler, said = suppressing(greedy, processor.suppressed_ids), []
-    for part in _parts(examples, asking.batch_size):
-        batch = _batch(processor, [processor.prompt(example) for example in part], asking)
-        for ids in answer_ids(model, batch, processor.eos_ids, asking.max_tokens, sampler):
-            said.append((processor.decode(ids), "length" if len(ids) >= asking.max_tokens else "stop"))
-    return said
+    found = dict(answers(
+        model, processor, examples, Settings(asking.max_tokens), asking.batch_size, lengths=lengths,
+        alter=muted if asking.without_media else None,
+    ))  # fmt: skip
+    return [(found[i].text, found[i].finish) for i in range(len(examples))]
 
 
 def _parts(examples: list[Example], size: int) -> list[list[Example]]:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from gemma_mlx.evaluating.measuring import Measured
-from gemma_mlx.evaluating.report import Report
+from gemma_mlx.evaluating.report import Report, Scored
 from gemma_mlx.grouping import SMALL, Group
 from gemma_mlx.resampling import Interval
 
 SHOWN = 5
 """Rows in a list of the worst."""
 MOST_GROUPS = 20
+MOST_METRICS = 3
+"""Groups and metrics of a table of groups."""
 
 
 def as_text(report: Report, width: int = 100) -> str:
@@ -46,8 +48,11 @@ def change(m: Measured, difference: float) -> str:
     return f"{sign}{text[:-1]} pts" if text.endswith("%") else sign + text
 
 
-def of_group(m: Measured, interval: Interval) -> str:
-    """A score with its interval in brackets, in short."""
+def of_group(scored: Scored | None) -> str:
+    """A score with its interval in brackets, in short; "" where there is none."""
+    if scored is None:
+        return ""
+    m, interval = scored
     around = _brief(m, interval)
     return f"{m.tell(m.value)} ({around})" if around else m.tell(m.value)
 
@@ -63,7 +68,7 @@ def _brief(m: Measured, interval: Interval) -> str:
 
 def remarks(report: Report) -> list[str]:
     """What a reader must know beside the scores."""
-    lines = [f"normaliser: {report.as_dict()['normalizer']}; intervals: 95 %, bootstrap" + (
+    lines = [f"normaliser: {report.normalizer}; intervals: 95 %, bootstrap" + (
         f" over {report.cluster_by}" if report.cluster_by else " over rows"
     )]  # fmt: skip
     if report.cut_off:
@@ -79,7 +84,7 @@ def remarks(report: Report) -> list[str]:
 def _parts(report: Report) -> Iterator[Any]:
     yield _summary(report)
     yield from remarks(report)
-    for by, groups in report.groups.items():
+    for by, groups in report.group_scores.items():
         yield _groups(report, by, groups) if groups else nothing_to_group(by)
         if len(groups) > MOST_GROUPS:
             yield f"and {len(groups) - MOST_GROUPS} more groups in report.json"
@@ -125,15 +130,10 @@ def _difference(m: Measured, test: Any) -> str:
     return (change(m, test.difference) + around).replace(" pts", "")
 
 
-def _groups(report: Report, by: str, groups: list[Group]) -> Any:
-    shown = report.measured[:3]
-    table = _grid(f"By {by}", "", "rows", *(m.title for m in shown))
-    for group in groups[:MOST_GROUPS]:
-        cells = []
-        for whole in shown:
-            m = whole.among(group.rows)
-            cells.append("" if m is None else of_group(m, m.interval(report.clusters)))
-        table.add_row(*_escaped([group.name, str(group.size), *cells]))
+def _groups(report: Report, by: str, groups: list[tuple[Group, list[Scored | None]]]) -> Any:
+    table = _grid(f"By {by}", "", "rows", *(m.title for m in report.measured[:MOST_METRICS]))
+    for group, scores in groups[:MOST_GROUPS]:
+        table.add_row(*_escaped([group.name, str(group.size), *map(of_group, scores[:MOST_METRICS])]))
     return table
 
 
@@ -169,6 +169,5 @@ def _changes(report: Report) -> Iterator[Any]:
 
 
 def _worst(report: Report) -> Any:
-    errors = np.nan_to_num(report.errors, nan=-1.0)
-    order = [int(i) for i in np.argsort(-errors, kind="stable")[:SHOWN] if errors[i] > 0]
+    order = [i for i in report.worst_first[:SHOWN] if report.errors[i] > 0]
     return _rows(report, "Worst rows", order)

@@ -50,8 +50,8 @@ def write_page(
         rows, media_rows: see `ROWS`.
         room: bytes of media inside the page.
     """
-    order = _worst_first(report.errors)
-    shown, playable = order[:rows], _playable(order[:rows], examples, media_rows)
+    shown = report.worst_first[:rows]
+    playable = _playable(shown, examples, media_rows)
     shelf = Shelf(folder, processor, room)
     other_errors = row_errors(report.measured_other, len(examples))
     lines = [_row(report, examples[i], i, other_errors[i], shelf if i in playable else None) for i in shown]
@@ -77,10 +77,6 @@ def _policy(script: str) -> str:
     return (
         f"default-src 'none'; img-src {own}; media-src {own}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
-
-
-def _worst_first(errors: np.ndarray) -> list[int]:
-    return np.argsort(-np.nan_to_num(errors, nan=-1.0), kind="stable").tolist()
 
 
 def _playable(shown: Sequence[int], examples: Sequence[Example], most: int) -> set[int]:
@@ -111,17 +107,13 @@ def _top(report: Report) -> Iterable[str]:
     yield f'<p class="quiet">{told_of}</p>'
     yield _scores(report)
     yield from (f'<p class="quiet">{escape(line)}</p>' for line in remarks(report))
-    for by, groups in report.groups.items():
+    for by, groups in report.group_scores.items():
         if not groups:
             yield f'<p class="quiet">{escape(nothing_to_group(by))}</p>'
             continue
         yield f"<h2>By {escape(by)}</h2>"
         heads = ["", "rows", *(m.title for m in report.measured)]
-        lines = []
-        for group in groups:
-            inside = [whole.among(group.rows) for whole in report.measured]
-            cells = ["" if m is None else of_group(m, m.interval(report.clusters)) for m in inside]
-            lines.append([group.name, f"{group.size:,}", *cells])
+        lines = [[group.name, f"{group.size:,}", *map(of_group, scores)] for group, scores in groups]
         yield _figures(heads, lines)
 
 

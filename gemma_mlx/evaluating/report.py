@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,13 @@ PREDICTIONS, REPORT, PAGE = "predictions.csv", "report.json", "report.html"
 NORMALIZE = "whisper"
 """The normaliser, unless another is named."""
 _COUNTED = {"transcript": "transcripts", "answer": "answers", "text": "texts"}
+
+
+class Scored(NamedTuple):
+    """A metric over some rows, and its 95 % interval."""
+
+    measured: Measured
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,22 @@ class Report:
         return {by: breakdown(facts, by) for by in self.group_by}
 
     @cached_property
+    def group_scores(self) -> dict[str, list[tuple[Group, list[Scored | None]]]]:
+        """What rows are grouped by -> (group, each metric over its rows; None where it counts none of them)."""
+
+        def scored(whole: Measured, group: Group) -> Scored | None:
+            inside = whole.among(group.rows)
+            return inside and Scored(inside, inside.interval(self.clusters))
+
+        return {by: [(g, [scored(m, g) for m in self.measured]) for g in groups] for by, groups in self.groups.items()}
+
+    @property
+    def normalizer(self) -> str:
+        """The normaliser with the version that decides what it does."""
+        package = "whisper-normalizer" if self.normalize == "whisper" else "gemma-mlx"
+        return f"{self.normalize} ({package} {importlib.metadata.version(package)})"
+
+    @cached_property
     def measured_other(self) -> list[Measured]:
         """The metrics of what the predictions are compared with."""
         return [] if self.other is None else measure(self.other, self.normalize, self.metrics)
@@ -102,7 +125,12 @@ class Report:
         """float64 [rows]: see `gemma_mlx.evaluating.measuring.row_errors`."""
         return row_errors(self.measured, len(self.predictions))
 
-    @property
+    @cached_property
+    def worst_first(self) -> list[int]:
+        """Row numbers by `errors`, the largest first; rows without one last."""
+        return np.argsort(-np.nan_to_num(self.errors, nan=-1.0), kind="stable").tolist()
+
+    @cached_property
     def clusters(self) -> list[Any] | None:
         """A label for every row; rows without one stand for themselves."""
         if self.cluster_by is None:
@@ -127,21 +155,22 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """What ``report.json`` says."""
         found: dict[str, Any] = {**self.scores, "normalize": self.normalize}
-        found["normalizer"] = _normalizer_in_words(self.normalize)
+        found["normalizer"] = self.normalizer
         found["counted"] = {m.name: m.signature for m in self.measured if m.signature}
         found["cut_off"] = self.cut_off
         found["intervals"] = {"level": 0.95, "clusters": self.cluster_by, **self.intervals}
         if self.group_by:
-            found["groups"] = {by: [self._group(g) for g in groups] for by, groups in self.groups.items()}
+            found["groups"] = {by: [self._group(*each) for each in groups] for by, groups in self.group_scores.items()}
         if self.other is not None:
             found["comparison"] = {"with": self.other_name, **{c.own.name: self._compared(c) for c in self.compared}}
         return {**found, **self.about}
 
-    def _group(self, group: Group) -> dict[str, Any]:
-        inside = [m for m in (whole.among(group.rows) for whole in self.measured) if m]
+    @staticmethod
+    def _group(group: Group, scores: list[Scored | None]) -> dict[str, Any]:
+        inside = [scored for scored in scores if scored]
         found: dict[str, Any] = {"group": group.name, "rows": group.size}
-        found |= {m.name: m.value for m in inside}
-        found["intervals"] = {m.name: m.interval(self.clusters) for m in inside}
+        found |= {m.name: m.value for m, _ in inside}
+        found["intervals"] = {m.name: interval for m, interval in inside}
         return found
 
     def _compared(self, c: Compared) -> dict[str, Any]:
@@ -176,12 +205,6 @@ class Report:
 
 def _short(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
-
-
-def _normalizer_in_words(name: str) -> str:
-    """The normaliser with the version that decides what it does."""
-    package = "whisper-normalizer" if name == "whisper" else "gemma-mlx"
-    return f"{name} ({package} {importlib.metadata.version(package)})"
 
 
 def _plain(value: Any) -> Any:

@@ -58,12 +58,12 @@ def asked(monkeypatch):
 
     seen, real = Asked(), answering.answers
 
-    def spy(model, processor, examples, *rest):
+    def spy(model, processor, examples, *rest, **more):
         if seen.stop_before is not None and seen.stop_before == 0:
             raise KeyboardInterrupt
         seen.stop_before = None if seen.stop_before is None else seen.stop_before - 1
         seen.extend(e.row_id for e in examples)
-        return real(model, processor, examples, *rest)
+        return real(model, processor, examples, *rest, **more)
 
     monkeypatch.setattr(answering, "answers", spy)
     return seen
@@ -212,8 +212,8 @@ from gemma_mlx.models.load import load
 checkpoint, data, out, log = sys.argv[1:]
 handle, real = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), answering.answers
 
-def counted(model, processor, examples, *rest):
-    for index, answer in real(model, processor, examples, *rest):
+def counted(model, processor, examples, *rest, **more):
+    for index, answer in real(model, processor, examples, *rest, **more):
         os.write(handle, f"{os.getpid()} {examples[index].row_id}\\n".encode())
         yield index, answer
 
