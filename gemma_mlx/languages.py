@@ -22,7 +22,7 @@ az aze: Azerbaijani
 ba bak: Bashkir
 be bel: Belarusian
 bg bul: Bulgarian
-bh bih: Bihari languages
+bh bih: Bihari; Bihari languages
 bi bis: Bislama
 bm bam: Bambara
 bn ben: Bengali; Bangla
@@ -67,7 +67,7 @@ he heb: Hebrew
 hi hin: Hindi
 ho hmo: Hiri Motu
 hr hrv: Croatian
-ht hat: Haitian; Haitian Creole
+ht hat: Haitian Creole; Haitian
 hu hun: Hungarian
 hy hye arm: Armenian
 hz her: Herero
@@ -170,7 +170,7 @@ ti tir: Tigrinya
 tk tuk: Turkmen
 tl tgl: Tagalog
 tn tsn: Tswana
-to ton: Tonga
+to ton: Tongan; Tonga
 tr tur: Turkish
 ts tso: Tsonga
 tt tat: Tatar
@@ -224,6 +224,11 @@ def _known() -> tuple[dict[str, str], dict[str, str]]:
     return codes, names
 
 
+def names() -> dict[str, str]:
+    """Code -> English name: ISO 639-1's codes, and longer ones of languages without such."""
+    return _known()[1]
+
+
 def language_code(language: str | None) -> str | None:
     """The shortest ISO 639 code of a language given by code or English name; None where it is not known.
 
@@ -236,4 +241,4 @@ def language_code(language: str | None) -> str | None:
 
 def language_name(language: str | None) -> str | None:
     """The English name of a language given as for `language_code`; None where it is not known."""
-    return _known()[1].get(language_code(language) or "")
+    return names().get(language_code(language) or "")

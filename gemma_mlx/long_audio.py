@@ -14,12 +14,12 @@ import numpy as np
 
 from gemma_mlx import generation
 from gemma_mlx.data.blob import Embedded, Medium
-from gemma_mlx.data.examples import TRANSCRIBE, TRANSCRIBE_IN
+from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.media import audio_blocks, audio_samples
 from gemma_mlx.data.opening import as_medium, told
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.silence import EDGE_SECONDS, Stretch, stretches
-from gemma_mlx.data.turns import Audio, Example, Text, Turn
+from gemma_mlx.data.turns import Audio, Example, Text, Turn, system_turns
 from gemma_mlx.errors import InputError
 from gemma_mlx.sampling import Settings
 from gemma_mlx.spec import MAX_AUDIO_SAMPLES, SAMPLE_RATE
@@ -67,6 +67,11 @@ class Transcript:
         return text
 
     @property
+    def timed(self) -> list[dict[str, Any]]:
+        """The pieces as JSON has them: start, end, text."""
+        return [{"start": round(a, 3), "end": round(b, 3), "text": text} for a, b, text in self.pieces]
+
+    @property
     def skipped_seconds(self) -> float:
         """Seconds of silence in no piece."""
         return self.seconds - sum(piece.end_s - piece.start_s for piece in self.pieces)
@@ -87,9 +92,8 @@ class Transcript:
         if form == "text":
             return self.text + "\n"
         if form == "json":
-            pieces = [{"start": round(a, 3), "end": round(b, 3), "text": text} for a, b, text in self.pieces]
             about = {"seconds": round(self.seconds, 3), "skipped_seconds": round(self.skipped_seconds, 3)}
-            return json.dumps({"text": self.text, **about, "pieces": pieces}, ensure_ascii=False, indent=2) + "\n"
+            return json.dumps({"text": self.text, **about, "pieces": self.timed}, ensure_ascii=False, indent=2) + "\n"
         if form == "timestamps":
             return "".join(line(piece) + "\n" for piece in self.pieces)
         spoken = [piece for piece in self.pieces if piece.text.strip()]
@@ -132,9 +136,8 @@ def transcribe(
         InputError: no audio tower, unreadable audio, `piece_seconds` below 1 or above what the model hears, or
             `edge_seconds` that are not 0 to 1.
     """
-    text = prompt or (TRANSCRIBE_IN.format(language=language) if language else TRANSCRIBE)
-    turns = [Turn("system", (Text(system),))] if system else []
-    example = Example((*turns, Turn("user", (Text(text), Audio(as_medium(path))))), task="transcript")
+    asked = Turn("user", (Text(prompt or Prompts().of_clip(language)), Audio(as_medium(path))))
+    example = Example((*system_turns(system), asked), task="transcript")
     return answer_in_pieces(
         model, processor, example, settings=settings, batch_size=batch_size, piece_seconds=piece_seconds,
         edge_seconds=edge_seconds, on_piece=on_piece,

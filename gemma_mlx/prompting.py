@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from gemma_mlx import generation
-from gemma_mlx.data.examples import DESCRIBE, DESCRIBE_VIDEO, MEDIA, TRANSCRIBE, TRANSCRIBE_IN, Prompts, RowReader
+from gemma_mlx.data.examples import MEDIA, Prompts, RowReader
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.jsonl import JsonlTable
@@ -56,20 +56,14 @@ def user_turn(
     """
     images, videos, clips, prompts = tuple(images), tuple(videos), tuple(clips), prompts or Prompts()
     if text is None and clips:
-        text = prompts.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
-        if "{language}" in text and not language:
+        text = prompts.of_clip(language)
+        if text is None:
             raise InputError("the audio prompt has {language}, but none is given; name it with --language")
-        text = text.replace("{language}", language or "")
     elif text is None and (images or videos):
-        text = prompts.image or (DESCRIBE if images else DESCRIBE_VIDEO)
+        text = prompts.of_picture(bool(images))
     if not (text or "").strip():
         raise InputError("nothing to answer: give a prompt, or a picture, a video or a clip without one")
     return Turn("user", (*map(Image, images), *map(Video, videos), Text(text), *map(Audio, clips)))
-
-
-def system_turns(system: str | None) -> tuple[Turn, ...]:
-    """A system turn, or none."""
-    return (Turn("system", (Text(system),)),) if system else ()
 
 
 class PromptFile:
@@ -298,10 +292,9 @@ def _together(
 
 
 def _in_pieces(found: Transcript) -> dict[str, Any]:
-    pieces = [{"start": round(a, 3), "end": round(b, 3), "text": text} for a, b, text in found.pieces]
     return {
         "answer": found.text, "finish": "length" if found.unfinished else "stop", "prompt_tokens": found.prompt_tokens,
-        "answer_tokens": found.answer_tokens, "pieces": pieces,
+        "answer_tokens": found.answer_tokens, "pieces": found.timed,
     }  # fmt: skip
 
 
@@ -347,8 +340,7 @@ class _Begun:
 
     def _told(self) -> dict[str, Any]:
         """What decides the output, as JSON gives it back."""
-        settings = {key: getattr(self.how.settings, key) for key in self.how.settings.__dataclass_fields__}
-        told = {"input": self.prompts.table.fingerprint(), **self.made_with, **settings}
+        told = {"input": self.prompts.table.fingerprint(), **self.made_with, **asdict(self.how.settings)}
         told |= {"batch_size": self.how.batch_size, "pieces": self.how.pieces}
         return json.loads(json.dumps(told, default=str))
 

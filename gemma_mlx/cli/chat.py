@@ -19,12 +19,12 @@ from gemma_mlx.data.blob import described
 from gemma_mlx.data.examples import Prompts
 from gemma_mlx.data.processor import Processor
 from gemma_mlx.data.sources.cells import kind_of
-from gemma_mlx.data.turns import Audio, Example, Image, Text, Turn, Video
+from gemma_mlx.data.turns import Audio, Example, Image, Text, Turn, Video, system_turns
 from gemma_mlx.errors import InputError
 from gemma_mlx.generation import stream
 from gemma_mlx.lora import remembered_options
 from gemma_mlx.prompt_cache import PromptCache
-from gemma_mlx.prompting import system_turns, user_turn
+from gemma_mlx.prompting import user_turn
 from gemma_mlx.sampling import Settings
 from gemma_mlx.signals import Interrupted, stop_request
 

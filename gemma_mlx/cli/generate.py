@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from gemma_mlx.cli.options import field_option, field_options, model_options
 from gemma_mlx.errors import InputError
@@ -138,9 +137,9 @@ def _loaded(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], bool]:
 
 def _one(settings: Any, options: dict[str, Any]) -> None:
     """One prompt."""
-    from gemma_mlx.data.turns import Example
+    from gemma_mlx.data.turns import Example, system_turns
     from gemma_mlx.long_audio import is_too_long
-    from gemma_mlx.prompting import system_turns, user_turn
+    from gemma_mlx.prompting import user_turn
 
     out, form = options["out"], "timestamps" if options["timestamps"] else options["form"]
     alone = len(options["clips"]) == 1 and not options["images"] and not options["videos"]
@@ -273,10 +272,10 @@ def _answer_file(
 def _chat(settings: Any, options: dict[str, Any]) -> None:
     """A person on a terminal, or lines from a pipe."""
     from gemma_mlx.cli.chat import Chat
+    from gemma_mlx.cli.use import given_flags
     from gemma_mlx.lora import remembered_options
 
-    context = click.get_current_context()
-    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = given_flags()
     trained = remembered_options(options["adapter"], given)
     names = ("audio_window", "quantize")
     loaded = {name: options[name] if name in given else trained.get(name, options[name]) for name in names}

@@ -14,16 +14,21 @@ from gemma_mlx.lora import remembered_options
 from gemma_mlx.models.load import check_finite, load
 
 
+def given_flags() -> set[str]:
+    """Parameters of the running command that the user gave."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
 def load_model_and_rows(options: dict[str, Any]) -> tuple[Any, Processor, dict[str, Any]]:
     """(model, processor, how to read rows) from a command's flags, which are taken out of ``options``.
 
     A flag that was not given has the value that the adapter's run had, where the adapter remembers it: an answer is
     only right to the question that was trained.
     """
-    context = click.get_current_context()
-    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = given_flags()
     for name, value in remembered_options(options["adapter"], given).items():
-        if name in options and context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if name in options and name not in given:
             options[name] = value
     names = ("model", "adapter", "adapter_weights", "dtype", "allow_unexpected", "audio_window", "quantize")
     model, processor = load(**{name: options.pop(name) for name in names}, image_tokens=options["image_tokens"])

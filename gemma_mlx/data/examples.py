@@ -39,7 +39,7 @@ from gemma_mlx.data.blob import Medium
 from gemma_mlx.data.messages import MessageReader, tools_of
 from gemma_mlx.data.places import Folders
 from gemma_mlx.data.sources.table import Row
-from gemma_mlx.data.turns import Audio, Example, Image, Part, Text, Turn, Video
+from gemma_mlx.data.turns import Audio, Example, Image, Part, Text, Turn, Video, system_turns
 from gemma_mlx.data.values import filled, first_medium, is_path, media_of, objects_of, text_of
 from gemma_mlx.errors import InputError
 
@@ -83,6 +83,15 @@ class Prompts:
     audio: str | None = None
     image: str | None = None
     system: str | None = None
+
+    def of_clip(self, language: str | None) -> str | None:
+        """What is said beside a clip in this language; None where that needs a language and none is known."""
+        prompt = self.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
+        return None if "{language}" in prompt and not language else prompt.replace("{language}", language or "")
+
+    def of_picture(self, still: bool) -> str:
+        """What is said beside a picture, or a video."""
+        return self.image or (DESCRIBE if still else DESCRIBE_VIDEO)
 
 
 @dataclass
@@ -190,9 +199,8 @@ class RowReader:
         """A cell's text; "" where it is empty."""
         return text_of(given[name], f"{row.where}: {self._source[name]}") if name in given else ""
 
-    def _system(self, given: Mapping[str, Any], row: Row) -> list[Turn]:
-        system = self._text("system", given, row) or self.prompts.system
-        return [Turn("system", (Text(system),))] if system else []
+    def _system(self, given: Mapping[str, Any], row: Row) -> tuple[Turn, ...]:
+        return system_turns(self._text("system", given, row) or self.prompts.system)
 
     def _tools(self, given: Mapping[str, Any], row: Row) -> tuple[dict[str, Any], ...]:
         return tools_of(given["tools"], row.where) if "tools" in given else ()
@@ -256,9 +264,8 @@ class RowReader:
                 f"{row.where}: empty text: {what}; fill a column {columns}, or give a file in a media column"
             )
         if "audio" not in media:
-            return self.prompts.image or (DESCRIBE if "image" in media else DESCRIBE_VIDEO)
-        language = self._text("language", given, row).strip()
-        prompt = self.prompts.audio or (TRANSCRIBE_IN if language else TRANSCRIBE)
-        if "{language}" in prompt and not language:
+            return self.prompts.of_picture("image" in media)
+        prompt = self.prompts.of_clip(self._text("language", given, row).strip())
+        if prompt is None:
             raise InputError(f"{row.where}: the audio prompt has {{language}}, but the row names none; fill 'language'")
-        return prompt.replace("{language}", language)
+        return prompt

@@ -77,13 +77,9 @@ def load_audio(
     with opened(medium, where, "empty audio") as file:
         clip = _Clip(file, as_medium(medium), name, long_audio, limit_s)
         mono, rate = clip.decode_av() if wants_av(file) else clip.decode()
-    if not np.isfinite(mono).all():
-        raise InputError(f"{name}: the audio has samples that are not finite numbers; export the clip again")
+    _check_finite(mono, name)
     samples = _resample(mono, rate)[:max_samples]
-    if not audio_frames(len(samples)):
-        raise InputError(
-            f"{name}: empty audio: {len(samples)} samples at 16 kHz, at least 161 are needed; remove the row"
-        )
+    _check_empty(len(samples), name, "; remove the row")
     return np.ascontiguousarray(samples)
 
 
@@ -101,12 +97,20 @@ def audio_blocks(medium: str | Medium, where: str = "") -> Iterator[np.ndarray]:
         clip = _Clip(file, as_medium(medium), name, "truncate", _NO_LIMIT_S)
         total = 0
         for block in _resampled(clip.blocks_av() if wants_av(file) else clip.blocks()):
-            if not np.isfinite(block).all():
-                raise InputError(f"{name}: the audio has samples that are not finite numbers; export the clip again")
+            _check_finite(block, name)
             total += len(block)
             yield np.ascontiguousarray(block)
-    if not audio_frames(total):
-        raise InputError(f"{name}: empty audio: {total} samples at 16 kHz, at least 161 are needed")
+    _check_empty(total, name)
+
+
+def _check_finite(samples: np.ndarray, name: str) -> None:
+    if not np.isfinite(samples).all():
+        raise InputError(f"{name}: the audio has samples that are not finite numbers; export the clip again")
+
+
+def _check_empty(samples: int, name: str, then: str = "") -> None:
+    if not audio_frames(samples):
+        raise InputError(f"{name}: empty audio: {samples} samples at 16 kHz, at least 161 are needed{then}")
 
 
 def _resampled(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:

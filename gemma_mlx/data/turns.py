@@ -62,6 +62,11 @@ class Turn:
         return "".join(part.text.strip() for part in self.parts if isinstance(part, Text))
 
 
+def system_turns(system: str | None) -> tuple[Turn, ...]:
+    """A system turn, or none."""
+    return (Turn("system", (Text(system),)),) if system else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A conversation to learn from, or, where `completion` is true, one text to go on with.
