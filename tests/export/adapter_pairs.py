@@ -8,9 +8,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 import tiny
 import tiny_gemma3
 import tiny_gemma3n
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from parity_cases import audio, image, make_batch, video
@@ -107,3 +109,19 @@ def difference(a, b, inputs) -> float:
     """The largest difference of two logits [B, T, V] on tokens."""
     valid = inputs["attention_mask"].astype(bool)
     return float(np.abs(np.array(a)[valid] - np.array(b)[valid]).max())
+
+
+def made_once(tmp_path_factory, make):
+    """family -> its base's folder, which `make(family, folder)` fills at the first call."""
+    torch.set_num_threads(1)
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            if name == "3n":
+                pytest.importorskip("timm")
+            made[name] = tmp_path_factory.mktemp("base")
+            make(name, made[name])
+        return made[name]
+
+    return folder

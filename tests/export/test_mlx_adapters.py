@@ -6,8 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from adapter_pairs import MAKERS, TARGETS, adapted, ours, randomise
+from adapter_pairs import MAKERS, TARGETS, adapted, made_once, ours, randomise
 from mlx.utils import tree_flatten
 
 from gemma_mlx.adapters.adapter import LowRank
@@ -33,19 +32,12 @@ MLX_LM_GEMMA3 = dict(layer_types=[S, F] * 4, sliding_window_pattern=2)
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """base(family) -> its folder, made once, of a form that mlx-lm reads."""
-    torch.set_num_threads(1)
-    made = {}
 
-    def folder(name):
-        if name not in made:
-            if name == "3n":
-                pytest.importorskip("timm")
-            made[name] = tmp_path_factory.mktemp("base")
-            MAKERS[name](str(made[name]), **(dict(layer_types=[S, F] * 4) if name == "Gemma 3" else {}))
-            as_mlx_lm_reads(name, made[name])
-        return made[name]
+    def make(name, folder):
+        MAKERS[name](str(folder), **(dict(layer_types=[S, F] * 4) if name == "Gemma 3" else {}))
+        as_mlx_lm_reads(name, folder)
 
-    return folder
+    return made_once(tmp_path_factory, make)
 
 
 def as_mlx_lm_reads(name, folder):

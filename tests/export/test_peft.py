@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adapter_pairs import MAKERS, adapted, batches, difference, ours, randomise, theirs
+from adapter_pairs import MAKERS, adapted, batches, difference, made_once, ours, randomise, theirs
 from safetensors.torch import load_file, save_file
 
 from gemma_mlx.adapters.attach import attach
@@ -32,18 +32,7 @@ def slowly(names):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """base(family) -> its folder, made once."""
-    torch.set_num_threads(1)
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            if name == "3n":
-                pytest.importorskip("timm")
-            made[name] = tmp_path_factory.mktemp("base")
-            MAKERS[name](str(made[name]))
-        return made[name]
-
-    return folder
+    return made_once(tmp_path_factory, lambda name, folder: MAKERS[name](str(folder)))
 
 
 def exported(folder, adapter, out, **options):

@@ -8,9 +8,10 @@ import base64
 import contextlib
 import hashlib
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from local_server import running
 
 TOKEN = "hf_secret"
 LARGE = 20_000
@@ -121,12 +122,5 @@ def _handler(hub):
 def serving():
     """A running `UploadHub`; its `endpoint` names it to the client library."""
     hub = UploadHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
-    server.daemon_threads = True
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with running(_handler(hub)) as hub.endpoint:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -24,11 +24,6 @@ MOST = 5
 SHORT = Settings(max_tokens=MOST)
 
 
-@pytest.fixture(scope="module")
-def loaded(checkpoint_folder):
-    return gemma_mlx.load(checkpoint_folder, dtype="float32")
-
-
 @pytest.fixture
 def folder(rows, tmp_path, monkeypatch):
     for name in ("0.wav", "3.wav", "1.png"):

@@ -20,23 +20,6 @@ from gemma_mlx.generation import generate
 from gemma_mlx.models.load import load
 
 
-@pytest.fixture(scope="module")
-def loaded(checkpoint_folder):
-    return load(checkpoint_folder)
-
-
-@pytest.fixture(scope="module")
-def scored(rows):
-    """media.csv without its rows of mere text, which have nothing to be asked."""
-    source = list(csv.DictReader((rows / "media.csv").open()))
-    path = rows / "scored.csv"
-    with path.open("w", newline="") as f:
-        out = csv.DictWriter(f, source[0])
-        out.writeheader()
-        out.writerows(r for r in source if r["audio_path"] or r["image_path"])
-    return path
-
-
 def verb(*arguments):
     return enter(verbs, [str(a) for a in arguments], name="gemma-mlx")
 

@@ -1,7 +1,6 @@
 """report.html: whole, safe, playable, and the same words marked as jiwer counts."""
 
 import base64
-import csv
 import io
 import re
 from html.parser import HTMLParser
@@ -68,18 +67,6 @@ def write(folder, predictions, examples=None, processor=None, other=None, **opti
     ]
     write_page(folder, report, examples, processor, **options)
     return Page((folder / "report.html").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def scored(rows):
-    """Rows with media: clips and pictures."""
-    source = list(csv.DictReader((rows / "media.csv").open()))
-    path = rows / "for page.csv"
-    with path.open("w", newline="") as f:
-        out = csv.DictWriter(f, source[0])
-        out.writeheader()
-        out.writerows(r for r in source if r["audio_path"] or r["image_path"])
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from gemma_mlx.data.processor import Processor
 from gemma_mlx.generation import answers, as_example, generate, stream
 from gemma_mlx.models.load import load_model
 from gemma_mlx.sampling import Settings
-from gemma_mlx.text_pieces import TextPieces
+from gemma_mlx.text_pieces import TextPieces, _begun
 
 DEMO = Path(__file__).resolve().parents[2] / "gemma_mlx" / "demo" / "checkpoint"
 
@@ -97,3 +97,12 @@ def test_a_stream_is_what_generate_gives(ready, sampling):
     [(_, answer)] = answers(model, processor, [as_example(question)], cut)
     assert "".join(stream(model, processor, question, cut)) == answer.text == whole[: whole.index(stop)]
     assert answer.finish == "stop"
+
+
+def test_how_much_of_a_stop_text_has_begun():
+    """The longest end of the text that the stop text begins with, short of all of it."""
+    draws = np.random.default_rng(4)
+    for _ in range(500):
+        text, stop = ("".join(draws.choice(list("ab"), n)) for n in draws.integers(1, 7, 2))
+        fits = [n for n in range(len(stop)) if n <= len(text) and text[len(text) - n :] == stop[:n]]
+        assert _begun(text, stop) == max(fits)
