@@ -11,10 +11,11 @@ import csv
 import time
 from pathlib import Path
 
-import mlx.core as mx
+import gemma_mlx as gm  # OpenBLAS before mlx.core
+
+import mlx.core as mx  # isort: skip
 import numpy as np
 
-import gemma_mlx as gm
 from gemma_mlx import machine
 from gemma_mlx.data.dataset import read_examples
 from gemma_mlx.generation import answers, as_example
